@@ -1,0 +1,131 @@
+"""Checkpoints (Orbax) and the other files of a run directory.
+
+Every write is atomic: Orbax commits a step by renaming it, other files are
+written beside and renamed. A checkpoint carries a digest of every array, because
+a flipped bit restores as a wrong number without an error. A damaged step is
+stepped over, with a warning, in favour of the one before.
+"""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from l2w_jax import config as config_lib
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Replaces a file by `text`; a reader sees the old or the new one whole."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_text(text, encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """config.json: every key of the run."""
+  write_atomically(
+      workdir / "config.json",
+      json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+  """The config a run directory was made with, validated.
+
+  Raises:
+    ValueError: the directory is missing, holds no run, or a broken config.
+  """
+  path = workdir / "config.json"
+  if not workdir.is_dir():
+    raise ValueError(f"workdir {workdir} does not exist; train one first with "
+                     "--mode=train")
+  if not path.is_file():
+    raise ValueError(f"workdir {workdir} holds no run (no config.json); train "
+                     "one first with --mode=train")
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is not valid JSON ({error}); restore it or "
+                     "train into another workdir") from error
+  return config_lib.validate(config_lib.from_dict(values))
+
+
+def digests(state: PyTree) -> dict[str, int]:
+  """CRC-32 of every array of a state, by its path."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+  return {jax.tree_util.keystr(path): zlib.crc32(
+      np.ascontiguousarray(leaf).tobytes()) for path, leaf in leaves}
+
+
+class Checkpoints:
+  """The checkpoints of one run directory; a context manager.
+
+  Args:
+    workdir: the run directory; checkpoints go into its `checkpoints` folder.
+    keep: how many of the latest to keep; None keeps all.
+  """
+
+  def __init__(self, workdir: pathlib.Path, keep: int | None = None):
+    self._folder = workdir.absolute() / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+        self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *unused_error) -> None:
+    self._manager.close()
+
+  def save(self, step: int, state: PyTree, info: dict[str, Any]) -> None:
+    """Commits a step in the background; an existing step is left as it is."""
+    if step in self._manager.all_steps():
+      return
+    # A copy: the caller's next step may reuse the memory while this is written.
+    state = jax.tree.map(np.array, state)
+    info = {**info, "digests": digests(state)}
+    self._manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)))
+
+  def restore(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    """(state, info) of the latest sound step; None if there is no step at all.
+
+    Args:
+      template: a state of the wanted structure, shapes and dtypes.
+
+    Raises:
+      ValueError: there are steps, but not one can be restored.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        return self._restore(step, template)
+      except Exception as error:  # damaged files raise anything
+        reason = str(error).strip().split("\n")[0]
+        logging.warning("checkpoint %d in %s cannot be used (%s: %s)", step,
+                        self._folder, type(error).__name__, reason)
+    if steps:
+      raise ValueError(
+          f"no checkpoint in {self._folder} can be restored (tried "
+          f"{', '.join(map(str, steps))}); it may belong to another model or "
+          "be damaged. Use another workdir, or delete the folder to start over")
+    return None
+
+  def _restore(self, step, template):
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract),
+        info=ocp.args.JsonRestore()))
+    info = restored.info
+    expected = info.pop("digests")
+    for path, digest in digests(restored.state).items():
+      if digest != expected[path]:
+        raise ValueError(f"{path} does not match its digest")
+    return restored.state, info

@@ -1,0 +1,315 @@
+"""Every hyperparameter once: default, range, unit and source.
+
+A config file under configs/ starts from `defaults(model)` and sets only what
+deviates. `validate` raises one ValueError that says which key, what was given
+and what is allowed. Defaults are those of the published CIFAR-100 runs.
+"""
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from l2w_jax import weighting
+
+
+class Key(NamedTuple):
+  """One hyperparameter.
+
+  allowed: value -> True if it may be used.
+  says: what is allowed, in words.
+  doc: meaning, unit, source.
+  """
+  default: Any
+  allowed: Callable[[Any], bool]
+  says: str
+  doc: str
+
+
+def _number(low, high, doc, default, *, open_low=False, integer=False) -> Key:
+  def allowed(value):
+    kind = int if integer else (int, float)
+    return (isinstance(value, kind) and not isinstance(value, bool)
+            and (low < value if open_low else low <= value) and value <= high)
+
+  noun = "a whole number" if integer else "a number"
+  bound = "above" if open_low else "at least"
+  says = f"{noun} {bound} {low}"
+  if high != math.inf:
+    says += f" and at most {high}"
+  return Key(default, allowed, says, doc)
+
+
+def _integer(default, low, doc, high=math.inf) -> Key:
+  return _number(low, high, doc, default, integer=True)
+
+
+def _choice(default, choices, doc) -> Key:
+  return Key(default, lambda value: value in choices,
+             "one of " + ", ".join(map(repr, choices)), doc)
+
+
+def _text(default, doc) -> Key:
+  return Key(default, lambda value: isinstance(value, str) and bool(value),
+             "a non-empty string", doc)
+
+
+def _flag(default, doc) -> Key:
+  return Key(default, lambda value: isinstance(value, bool), "True or False",
+             doc)
+
+
+def _factors(default, doc) -> Key:
+  def allowed(value):
+    return (isinstance(value, (tuple, list)) and len(value) > 0
+            and all(isinstance(v, int) and v >= 1 for v in value))
+
+  return Key(default, allowed, "a tuple of whole numbers, at least 1 each", doc)
+
+
+_EVERY_MODEL = {
+    "stem": _choice("cifar", ("cifar", "imagenet"),
+                    "first layer: 3×3 at full size, or 7×7 and pool to 1/4"),
+    "channels": _integer(16, 1, "channels of the first layer at scale 0"),
+    "growth": _integer(6, 1, "channels a layer adds, times the growth factor"),
+    "growth_factors": _factors((1, 2, 4), "width of each scale"),
+    "bottleneck_factors": _factors(
+        (1, 2, 4), "bottleneck width of each scale, times its growth"),
+    "reduction": _number(
+        0, 1, "fraction of channels a transition keeps; 0: no transitions",
+        0.5),
+    "classifier_width": _integer(
+        128, 0, "channels in the exit classifiers; 0: as wide as their input"),
+    "init": _choice(
+        "pytorch", ("pytorch", "he"),
+        "kernels: uniform ±1/√fan_in, or normal of variance 2/(k²·C_out)"),
+}
+
+MODEL_KEYS = {
+    "msdnet": {
+        "num_exits": _integer(5, 1, "K; 5 or 7 in the paper"),
+        "step": _integer(1, 1, "layers between exits"),
+        "step_mode": _choice(
+            "lin_grow", ("even", "lin_grow"),
+            "block k has step layers, or step·k + 1"),
+        "base": _integer(1, 1, "layers before the first exit"),
+        "bottleneck": _flag(True, "1×1 convolution in front of every 3×3"),
+        "prune": _choice(
+            "max", ("max", "min"),
+            "drop scales evenly over the depth, or only at its end"),
+        **_EVERY_MODEL,
+    },
+}
+
+KEYS = {
+    "seed": _integer(0, 0, "root of every random number of a run"),
+    "method": _choice(
+        "l2w", ("l2w", "uniform"),
+        "learned sample weights, or the plain sum of exit losses"),
+    "epochs": _integer(300, 1, "passes over the train split"),
+    "batch": _integer(
+        1024, 2, "loader batch 2B in images over all devices; two updates"),
+    "label_smoothing": _number(
+        0, 0.999, "probability mass spread over classes in the training loss",
+        0.0),
+    "data": {
+        "source": _text("digits", "which images"),
+        "augment": _choice(
+            "none", ("none", "shift", "shift_flip"),
+            "random pad-and-crop by `pad`, and mirror"),
+        "pad": _integer(4, 0, "pixels of padding for the random crop"),
+    },
+    "optimizer": {
+        "learning_rate": _number(
+            0, math.inf, "α of SGD, cosine to 0 per step", 0.8, open_low=True),
+        "momentum": _number(0, 0.9999, "of SGD, no dampening", 0.9),
+        "weight_decay": _number(
+            0, math.inf, "of SGD, coupled, on every parameter", 1e-4),
+    },
+    "meta": {
+        "epsilon": _number(0, 1, "ε, how far a weight may move from 1", 0.8),
+        "q": _number(
+            0, math.inf, "exit k gets p_k ∝ q^k; reference: target_p_index/20",
+            0.75, open_low=True),
+        "center_over": _choice(
+            "exits", weighting.CENTER_OVER,
+            "weights average to 1 over it; reference: col, row, mat"),
+        "inputs": _choice("loss", weighting.INPUTS, "what the WPN looks at"),
+        "interval": _integer(
+            1, 1, "loader batches between WPN updates, counted in an epoch"),
+        "hidden": _integer(500, 1, "units in a hidden layer of the WPN"),
+        "layers": _integer(1, 1, "hidden layers of the WPN"),
+        "learning_rate": _number(
+            0, math.inf, "β of Adam, cosine to 0 per step", 1e-4,
+            open_low=True),
+        "weight_decay": _number(
+            0, math.inf, "of Adam, L2 in the gradient", 1e-4),
+    },
+    "evaluate": {
+        "batch": _integer(512, 1, "images per evaluation step on a device"),
+        "every": _integer(10, 1, "epochs between calibration accuracies"),
+        "calibration": _choice(
+            "held_out", ("held_out", "released"),
+            "search for thresholds: never beyond a budget, or as released"),
+    },
+    "log": {
+        "every": _integer(
+            1, 1, "steps per line of metrics.jsonl"),
+        "weights_every": _integer(
+            10, 1, "epochs between pictures of weights against loss"),
+        "seconds": _number(
+            0, math.inf, "between progress lines in a log", 10.0,
+            open_low=True),
+    },
+    "checkpoint": {
+        "every": _integer(10, 1, "epochs between checkpoints"),
+        "keep": _integer(2, 1, "checkpoints kept"),
+    },
+    "num_devices": _integer(
+        0, 0, "devices that share a batch; 0: all of this process"),
+}
+
+
+def defaults(model: str = "msdnet") -> ConfigDict:
+  """All keys at their defaults, for one kind of backbone; keys are locked.
+
+  Raises:
+    ValueError: unknown model.
+  """
+  config = ConfigDict(_default_values(KEYS))
+  config.model = {"name": model, **_default_values(_model_keys(model))}
+  return config.lock()
+
+
+def differences(
+    config: ConfigDict, other: ConfigDict, ignore: tuple[str, ...] = (),
+) -> list[str]:
+  """"key is A here and B there" for every key that differs.
+
+  Args:
+    config, other: validated configs.
+    ignore: top-level keys that may differ.
+  """
+  flat, other_flat = (
+      {key: value for key, value in _flat(c) if key.split(".")[0] not in ignore}
+      for c in (config, other))
+  return [f"{key} is {flat.get(key)!r} here and {other_flat.get(key)!r} there"
+          for key in sorted(flat.keys() | other_flat.keys())
+          if flat.get(key) != other_flat.get(key)]
+
+
+def _flat(config: ConfigDict, prefix: str = ""):
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _flat(value, f"{prefix}{name}.")
+    else:
+      yield f"{prefix}{name}", value
+
+
+def _default_values(keys: Mapping) -> dict[str, Any]:
+  return {name: _default_values(key) if isinstance(key, Mapping)
+          else key.default for name, key in keys.items()}
+
+
+def _model_keys(model: Any) -> Mapping[str, Key]:
+  if model not in MODEL_KEYS:
+    raise ValueError(f"unknown model {model!r} in config.model.name; choose "
+                     f"one of {', '.join(map(repr, MODEL_KEYS))}")
+  return MODEL_KEYS[model]
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+  """The config itself, if every key exists and holds an allowed value.
+
+  Raises:
+    ValueError: naming the first key that is missing, unknown or out of range.
+  """
+  model = config.get("model")
+  name = model.get("name") if isinstance(model, ConfigDict) else None
+  keys = {**KEYS, "model": {
+      "name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone"),
+      **_model_keys(name)}}
+  _validate(config, keys, "config")
+  return config
+
+
+def _validate(values: Any, keys: Mapping, path: str) -> None:
+  if not isinstance(values, ConfigDict):
+    raise ValueError(f"{path} must hold the keys {', '.join(keys)}, got "
+                     f"{values!r}")
+  for name in values:
+    if name not in keys:
+      raise ValueError(unknown_key(f"{path}.{name}", keys))
+  for name, key in keys.items():
+    full = f"{path}.{name}"
+    if name not in values:
+      raise ValueError(f"{full} is missing; start from config.defaults()")
+    if isinstance(key, Mapping):
+      _validate(values[name], key, full)
+    elif not key.allowed(values[name]):
+      raise ValueError(
+          f"{full} must be {key.says}, got {values[name]!r} ({key.doc})")
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+  """A locked ConfigDict from plain values, such as those of a config.json."""
+  def tuples(value):
+    if isinstance(value, Mapping):
+      return {name: tuples(v) for name, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+  return ConfigDict(tuples(values)).lock()
+
+
+def unknown_key(path: str, keys) -> str:
+  """One line that says a key does not exist and which ones do."""
+  parent, _, name = path.rpartition(".")
+  close = difflib.get_close_matches(name, keys, n=1)
+  hint = f"did you mean {parent}.{close[0]}? " if close else ""
+  return (f"{path} does not exist; {hint}keys of {parent}: "
+          f"{', '.join(sorted(keys))}")
+
+
+def load_config(
+    path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """A config file's ConfigDict with overrides, validated.
+
+  Args:
+    path: "FILE.py" or "FILE.py:ARGUMENT"; the file defines get_config(ARGUMENT).
+    overrides: dotted key -> value, such as {"model.num_exits": 7}.
+
+  Raises:
+    ValueError: no such file, an unknown key, or a value out of range.
+  """
+  file, _, argument = str(path).partition(":")
+  if not pathlib.Path(file).is_file():
+    raise ValueError(f"no config file {file}")
+  spec = importlib.util.spec_from_file_location("_l2w_jax_config", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(*([argument] if argument else []))
+  for key, value in (overrides or {}).items():
+    _override(config, key, value)
+  return validate(config)
+
+
+def _override(config: ConfigDict, key: str, value: Any) -> None:
+  *parents, name = key.split(".")
+  node, path = config, "config"
+  for parent in parents:
+    if parent not in node or not isinstance(node[parent], ConfigDict):
+      raise ValueError(unknown_key(f"{path}.{parent}", list(node)))
+    node, path = node[parent], f"{path}.{parent}"
+  if name not in node:
+    raise ValueError(unknown_key(f"{path}.{name}", list(node)))
+  try:
+    node[name] = value
+  except TypeError as error:
+    raise ValueError(
+        f"{path}.{name} must be of the type of {node[name]!r}, got "
+        f"{value!r}") from error

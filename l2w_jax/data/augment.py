@@ -1,0 +1,37 @@
+"""Augmentation and normalisation inside the compiled step."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+Images = UInt8[Array, "B H W channels"]
+
+
+def normalize(
+    images: Images, mean: Float[Array, " channels"],
+    std: Float[Array, " channels"]) -> Float[Array, "B H W channels"]:
+  """(pixels - mean) / std per channel, in the dtype of the statistics."""
+  return (images.astype(mean.dtype) - mean) / std
+
+
+def shift(images: Images, offsets: Int[Array, "B 2"], pad: int) -> Images:
+  """Crops of the original size from images padded with black by `pad`.
+
+  Args:
+    images: uint8 pixels.
+    offsets: top and left corner of each crop, in [0, 2·pad].
+    pad: pixels of padding on each side.
+  """
+  padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+  def crop(image, offset):
+    return jax.lax.dynamic_slice(
+        image, (offset[0], offset[1], 0), images.shape[1:])
+
+  return jax.vmap(crop)(padded, offsets)
+
+
+def flip(images: Images, mirrored: Array) -> Images:
+  """Mirrors left-right the images whose entry of `mirrored` [B] is True."""
+  return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)

@@ -1,0 +1,208 @@
+"""Curves of a trained network: anytime and budgeted, with held-out thresholds.
+
+Every sample of a split is scored exactly once, whatever the batch size and the
+number of devices: the last batch is padded and its padding dropped. Thresholds
+come from the calibration split and are applied to the test split.
+"""
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from l2w_jax import checkpoint, exit_policy, losses, models, parallel
+from l2w_jax.data import augment, sources
+from l2w_jax.models.backbone import Backbone
+from l2w_jax.progress import Progress
+from l2w_jax.train_state import init_state
+
+QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
+SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
+
+
+class Scores(NamedTuple):
+  """What thresholds and curves need, for the N samples of a split.
+
+  confidence: float32 [N K]; prediction: int32 [N K]; correct: bool [N K].
+  """
+  confidence: np.ndarray
+  prediction: np.ndarray
+  correct: np.ndarray
+
+
+def compile_scorer(
+    variables: PyTree, backbone: Backbone, dataset: sources.Dataset,
+    config: ConfigDict, num_devices: int,
+) -> Callable[[PyTree, sources.Split], Scores]:
+  """(variables, split) -> Scores, compiled for all splits of a data set.
+
+  variables are replicated over the devices (`parallel.replicate`).
+  """
+  mean = jnp.asarray(dataset.mean, jnp.float32)
+  std = jnp.asarray(dataset.std, jnp.float32)
+  batch = config.evaluate.batch * num_devices
+
+  def forward(variables, images):
+    logits = backbone.apply(variables, augment.normalize(images, mean, std))
+    return losses.confidence(logits), logits.argmax(axis=-1).astype(jnp.int32)
+
+  images = parallel.split_rows(
+      np.zeros((batch, *dataset.image_shape), np.uint8), num_devices)
+  forward = parallel.map_devices(forward, num_devices).lower(
+      variables, images).compile()
+
+  def score(variables: PyTree, split: sources.Split) -> Scores:
+    parts = []
+    for start in range(0, len(split.labels), batch):
+      images = split.images[start:start + batch]
+      padding = [(0, batch - len(images))] + [(0, 0)] * 3
+      outputs = forward(variables, parallel.split_rows(
+          np.pad(images, padding), num_devices))
+      parts.append([parallel.merge_rows(np.asarray(x), num_devices)
+                    [:len(images)] for x in outputs])
+    confidence, prediction = map(
+        np.concatenate, zip(*parts, strict=True))
+    return Scores(
+        confidence, prediction, prediction == split.labels[:, None])
+
+  return score
+
+
+def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
+  """Scores the latest checkpoint; writes results.json and samples.npz.
+
+  Returns:
+    what results.json holds.
+
+  Raises:
+    ValueError: no checkpoint in the workdir.
+  """
+  began = time.monotonic()
+  dataset = sources.load(config.data)
+  num_devices = parallel.num_local_devices(config.num_devices)
+  backbone = models.build_backbone(
+      config.model, dataset.num_classes, dataset.image_shape)
+  state, info = _restore(workdir, config, backbone)
+  variables = parallel.replicate(
+      {"params": state.params, "batch_stats": state.batch_stats}, num_devices)
+  with Progress(total=2, unit="split", label="evaluate") as progress:
+    with progress.compiling("the evaluation"):
+      score = compile_scorer(
+          variables, backbone, dataset, config, num_devices)
+    calibration = score(variables, dataset.calibration)
+    progress.update(1, {})
+    test = score(variables, dataset.test)
+    progress.update(2, {})
+  thresholds = exit_policy.find_thresholds(
+      calibration.confidence,
+      exit_policy.proportions(QS, backbone.num_exits),
+      calibration=config.evaluate.calibration)
+  results = {
+      "method": config.method,
+      "dataset": config.data.source,
+      "num_classes": dataset.num_classes,
+      "image_shape": list(dataset.image_shape),
+      "samples": {name: len(getattr(dataset, name).labels)
+                  for name in ("train", "calibration", "test")},
+      "params": int(backbone.params_to_exit[-1]),
+      "params_to_exit": backbone.params_to_exit.tolist(),
+      "macs": backbone.macs.tolist(),
+      **curves(calibration, test, backbone.macs, thresholds),
+      "step": int(state.step),
+      "epochs": config.epochs,
+      "seconds": {**info["seconds"], "evaluate": time.monotonic() - began},
+      "device": {"platform": jax.default_backend(),
+                 "kind": jax.local_devices()[0].device_kind,
+                 "count": num_devices},
+      "versions": {name: _version(name) for name in
+                   ("l2w_jax", "jax", "flax", "optax", "orbax-checkpoint")},
+      "complete": bool(info["complete"]),
+  }
+  _write_samples(workdir, dataset, test, thresholds)
+  checkpoint.write_atomically(
+      workdir / "results.json", json.dumps(results, indent=2) + "\n")
+  return results
+
+
+def _version(package: str) -> str:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:  # run from a checkout
+    return "not installed"
+
+
+def curves(
+    calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array,
+) -> dict[str, list[dict[str, Any]]]:
+  """The "anytime" and "budgeted" lists of results.json.
+
+  Args:
+    calibration, test: scores of the two splits.
+    macs: [K] multiply-accumulates to each exit.
+    thresholds: [Q K], one row per entry of `QS`.
+  """
+  anytime = exit_policy.anytime(test.correct, macs)
+  anytime_calibration = exit_policy.anytime(calibration.correct, macs)
+  budgeted = exit_policy.budgeted(
+      test.confidence, test.correct, macs, thresholds)
+  budgeted_calibration = exit_policy.budgeted(
+      calibration.confidence, calibration.correct, macs, thresholds)
+  return {
+      "anytime": [
+          {"exit": k + 1, "macs": float(macs[k]),
+           "accuracy": float(anytime[k]),
+           "calibration_accuracy": float(anytime_calibration[k])}
+          for k in range(len(macs))],
+      "budgeted": [
+          {"q": q, "thresholds": [_json_number(t) for t in thresholds[i]],
+           "calibration_accuracy": float(budgeted_calibration.accuracy[i]),
+           "accuracy": float(budgeted.accuracy[i]),
+           "macs": float(budgeted.macs[i]),
+           "exits": [float(f) for f in budgeted.exits[i]]}
+          for i, q in enumerate(QS)],
+  }
+
+
+def _json_number(x) -> float | str:
+  """JSON has no infinities; they are written as the strings "inf", "-inf"."""
+  x = float(x)
+  return x if math.isfinite(x) else str(x)
+
+
+def _restore(workdir, config, backbone):
+  template = jax.eval_shape(
+      lambda key: init_state(key, backbone, config), jax.random.key(0))
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    restored = checkpoints.restore(template)
+  if restored is None:
+    raise ValueError(f"workdir {workdir} has no checkpoint yet; train it first "
+                     "with --mode=train")
+  return restored
+
+
+def _write_samples(workdir, dataset, test, thresholds):
+  """samples.npz: test images with the exit each takes at one budget."""
+  row = thresholds[QS.index(SAMPLES_AT_Q)]
+  exits = np.asarray(exit_policy.exits_taken(test.confidence, row))
+  shown = np.concatenate([
+      np.flatnonzero(exits == k)[:40] for k in range(len(row))])
+  at_exit = (shown, exits[shown])
+  path = workdir / "samples.npz"
+  temporary = path.with_name(".samples.npz")
+  np.savez_compressed(
+      temporary, images=dataset.test.images[shown],
+      labels=dataset.test.labels[shown], exits=exits[shown],
+      predictions=test.prediction[at_exit],
+      confidence=test.confidence[at_exit], q=SAMPLES_AT_Q,
+      class_names=np.array(dataset.class_names))
+  temporary.replace(path)

@@ -1,0 +1,89 @@
+"""The three updates of one L2W step.
+
+Θ is the backbone, Φ the weight prediction network (WPN), L_tr the weighted loss on
+the train half of a batch and L_meta the loss on its meta half, each meta sample
+scored only at the exit it would leave from. Han et al. (ECCV 2022) alternate
+
+    Θ̂(Φ) = Θ - α ∇_Θ L_tr(Θ, Φ)        Eq. 7   `pseudo_update`
+    Φ⁺    = Φ - β ∇_Φ L_meta(Θ̂(Φ))      Eq. 8   `wpn_gradient`
+    Θ⁺    = Θ - α ∇_Θ L_tr(Θ, Φ⁺)       Eq. 9   `backbone_gradient`
+
+where "- α ∇" stands for one step of the backbone's own optimizer, momentum and
+weight decay included, and "- β ∇" for one of the WPN's.
+
+The weights enter ∇_Θ L_tr linearly: with L_tr = Σ_k mean_i w[i,k] ℓ[i,k] it is
+the vector-Jacobian product of the loss matrix with w / B. So a caller forms
+
+    losses, pull = jax.vjp(losses_fn, params)
+
+once, and Eqs. 7 and 9 share that one forward pass: `pull` is all they need of
+the network. `jax.grad` with respect to Φ through `pull` transposes a linear map;
+no second derivative of the network is ever formed, and the gradient is exact.
+
+Networks, optimizers and devices come in as functions; nothing here knows them.
+Shapes: B = samples on this device, K = exits. Losses are in nats.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+Params = PyTree
+Pull = Callable[[Float[Array, "B K"]], tuple[Params]]
+
+
+def backbone_gradient(pull: Pull, weights: Float[Array, "B K"]) -> Params:
+  """∇_Θ L_tr for given weights: the gradient of Eqs. 7 and 9.
+
+  L_tr = Σ_k mean_i w[i,k] ℓ[i,k]: summed over exits, averaged over the samples
+  of this device. Weights are data here; nothing flows from them back to Θ.
+  """
+  (gradient,) = pull(weights / weights.shape[0])
+  return gradient
+
+
+def pseudo_update(
+    pull: Pull, weights: Float[Array, "B K"],
+    sgd_step: Callable[[Params], Params],
+    average: Callable[[Params], Params]) -> Params:
+  """Θ̂, the look-ahead backbone of Eq. 7.
+
+  Args:
+    pull: transposed Jacobian of the loss matrix at Θ, from `jax.vjp`.
+    weights: sample weights, a function of Φ when differentiated.
+    sgd_step: gradient -> parameters after one step of the real optimizer
+      (current learning rate, momentum buffer, weight decay). What that step
+      does to the optimizer's state is dropped.
+    average: mean of a gradient over devices.
+  """
+  return sgd_step(average(backbone_gradient(pull, weights)))
+
+
+def wpn_gradient(
+    wpn_params: Params,
+    weights_fn: Callable[[Params], Float[Array, "B K"]],
+    pull: Pull,
+    sgd_step: Callable[[Params], Params],
+    meta_loss_fn: Callable[[Params], tuple[Float[Array, ""], Any]],
+    average: Callable[[Params], Params] = lambda gradient: gradient,
+) -> tuple[tuple[Float[Array, ""], Any], Params]:
+  """((L_meta, aux), ∇_Φ L_meta(Θ̂(Φ))): the exact meta-gradient of Eq. 8.
+
+  Args:
+    wpn_params: Φ.
+    weights_fn: Φ -> sample weights of the train half.
+    pull, sgd_step, average: as in `pseudo_update`.
+    meta_loss_fn: Θ̂ -> (L_meta on the meta half, anything else worth keeping).
+      It decides inside which exit scores which sample, without a gradient.
+  """
+  def objective(wpn_params):
+    pseudo_params = pseudo_update(
+        pull, weights_fn(wpn_params), sgd_step, average)
+    return meta_loss_fn(pseudo_params)
+
+  (meta_loss, aux), gradient = jax.value_and_grad(
+      objective, has_aux=True)(wpn_params)
+  return (average(meta_loss), aux), average(gradient)

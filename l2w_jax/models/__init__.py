@@ -1,0 +1,42 @@
+"""Backbones, by an explicit table."""
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from l2w_jax.models.backbone import Backbone
+from l2w_jax.models.msdnet import MSDNet
+
+BACKBONES = {"msdnet": MSDNet}
+
+
+def build_backbone(
+    config: ConfigDict, num_classes: int,
+    image_shape: tuple[int, int, int]) -> Backbone:
+  """Backbone of a model config (`config.model`).
+
+  Args:
+    config: `name` picks the network, the other keys are its fields.
+    num_classes: C, at least 2.
+    image_shape: (height, width, channels) in pixels.
+
+  Raises:
+    ValueError: unknown name, or an image or grid the network cannot take.
+  """
+  if config.name not in BACKBONES:
+    raise ValueError(f"unknown model {config.name!r}; choose one of "
+                     f"{', '.join(sorted(BACKBONES))}")
+  if num_classes < 2:
+    raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+  if len(image_shape) != 3:
+    raise ValueError("image_shape must be (height, width, channels), got "
+                     f"{tuple(image_shape)}")
+  network = BACKBONES[config.name]
+  network.check(config, image_shape)
+  fields = {
+      name: tuple(value) if isinstance(value, (tuple, list)) else value
+      for name, value in config.items()}
+  del fields["name"]
+  # `init` is a method of every Flax module.
+  fields["initializer"] = fields.pop("init")
+  module = network(num_classes=num_classes, **fields)
+  return Backbone(module, num_classes, tuple(image_shape))

@@ -1,0 +1,108 @@
+"""A backbone as pure functions: init, apply, and apply stage by stage.
+
+A multi-exit network is a Flax module with an attribute `num_exits` and one
+method
+
+    stage(k, carry, mode) -> (carry, logits [B C] of exit k)
+
+where the carry of stage 0 is the images. Training, cost per exit and real early
+exits all run the same stages. Variables are {"params": …, "batch_stats": …}.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, PyTree
+
+from l2w_jax.models import cost, initializers
+from l2w_jax.models.layers import EVALUATE, Mode
+
+Variables = dict[str, PyTree]
+
+
+def _all_stages(module: nn.Module, images: Array, mode: Mode) -> Array:
+  carry, logits = images, []
+  for k in range(module.num_exits):
+    carry, logits_k = module.stage(k, carry, mode)
+    logits.append(logits_k)
+  return jnp.stack(logits, axis=1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backbone:
+  """Pure functions of one multi-exit network.
+
+  Attributes:
+    module: the network, a Flax module with `num_exits` and `stage`.
+    num_classes: C.
+    image_shape: (H, W, channels) of the images it was checked and counted for.
+  """
+  module: Any
+  num_classes: int
+  image_shape: tuple[int, int, int]
+
+  @property
+  def num_exits(self) -> int:
+    """K."""
+    return self.module.num_exits
+
+  @functools.cached_property
+  def _cost(self) -> tuple[np.ndarray, np.ndarray]:
+    return cost.count(self.module, self.image_shape)
+
+  @property
+  def macs(self) -> np.ndarray:
+    """[K] multiply-accumulates per image up to each exit, with earlier ones."""
+    return self._cost[0]
+
+  @property
+  def params_to_exit(self) -> np.ndarray:
+    """[K] parameters that exit k and those before it use."""
+    return self._cost[1]
+
+  def init(self, key: Array) -> Variables:
+    """Fresh variables: parameters from `key`, running mean 0 and variance 1."""
+    declare = functools.partial(
+        self.module.init, key, mode=EVALUATE, method=_all_stages)
+    declared = jax.eval_shape(declare, jnp.zeros((1, *self.image_shape)))
+    return initializers.draw(key, declared)
+
+  def apply(
+      self, variables: Variables, images: Float[Array, "B H W channels"],
+      train: bool = False, axis_name: str | None = None,
+  ) -> Float[Array, "B K C"] | tuple[Float[Array, "B K C"], PyTree]:
+    """Logits at every exit.
+
+    Args:
+      variables: params and batch_stats.
+      images: ready for the network (normalised).
+      train: normalise with the statistics of this batch. False uses the
+        running ones.
+      axis_name: pmap axis whose devices share their batch statistics.
+
+    Returns:
+      logits, and in training also the running statistics after this batch.
+    """
+    run = functools.partial(
+        self.module.apply, variables, images, Mode(train, axis_name),
+        method=_all_stages)
+    if not train:
+      return run()
+    logits, updated = run(mutable=["batch_stats"])
+    return logits, updated["batch_stats"]
+
+  def stage(
+      self, variables: Variables, k: int, carry: PyTree,
+  ) -> tuple[PyTree, Float[Array, "B C"]]:
+    """(carry, logits of exit k) from the carry of stage k - 1.
+
+    The carry of stage 0 is the images. Normalises with running statistics.
+    """
+    return self.module.apply(
+        variables, k, carry, method=self.module.stage)

@@ -1,0 +1,274 @@
+"""Layers of the multi-exit backbones, with PyTorch's conventions.
+
+Images are [B H W C]. Convolutions pad symmetrically by kernel // 2 and have no
+bias, but for the first one of an ImageNet network. BatchNorm normalises with
+the biased batch variance and stores the unbiased one, n / (n - 1), with weight
+0.1 (what released weights expect).
+
+Each kind of layer that the papers' cost counts (convolution, ReLU, pooling,
+linear) is one class here or is called by one, so that `cost` can watch them.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from l2w_jax.models import initializers
+
+from l2w_jax.models.conv import conv2d
+
+BN_EPS = 1e-5
+BN_MOMENTUM = 0.1  # weight of the new batch; Flax would call this 0.9
+
+Image = Float[Array, "B H W C"]
+
+
+class Mode(NamedTuple):
+  """How BatchNorm normalises.
+
+  train: with the statistics of the batch, instead of the running ones.
+  axis_name: pmap axis the batch is spread over; its statistics are then those
+    of all devices together. None: those of this device.
+  """
+  train: bool = False
+  axis_name: str | None = None
+
+
+EVALUATE = Mode()
+
+
+class Conv(nn.Module):
+  """Convolution, padded so that stride 1 keeps the size."""
+  features: int
+  kernel: int = 3
+  stride: int = 1
+  initializer: str = "pytorch"
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: Image) -> Image:
+    shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+    kernel = self.param("kernel", initializers.kernel(self.initializer), shape)
+    x, kernel = nn.dtypes.promote_dtype(x, kernel)
+    if self.kernel == self.stride == 1:
+      # The same numbers as a matrix product: XLA:CPU runs its backward pass
+      # two to four times faster than the convolution's.
+      return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+    y = conv2d(x, kernel, self.stride)
+    if self.use_bias:
+      init = initializers.fan_in_uniform(self.kernel**2 * x.shape[-1])
+      y += self.param("bias", init, (self.features,)).astype(y.dtype)
+    return y
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation over B, H and W as PyTorch computes it."""
+
+  @nn.compact
+  def __call__(self, x: Image, mode: Mode) -> Image:
+    shape = x.shape[-1:]
+    zeros, ones = initializers.constant(0.0), initializers.constant(1.0)
+    scale = self.param("scale", ones, shape)
+    bias = self.param("bias", zeros, shape)
+    mean = self.variable("batch_stats", "mean", zeros, shape)
+    var = self.variable("batch_stats", "var", ones, shape)
+    if not mode.train:
+      return _normalize(x, mean.value, var.value, scale, bias)
+    batch_mean, batch_var, count = _moments(x, mode.axis_name)
+    if not self.is_initializing():
+      unbiased = batch_var * (count / (count - 1))
+      mean.value += BN_MOMENTUM * (batch_mean - mean.value)
+      var.value += BN_MOMENTUM * (unbiased - var.value)
+    return _normalize(x, batch_mean, batch_var, scale, bias)
+
+
+def _normalize(x, mean, var, scale, bias):
+  return (x - mean) * (scale * jax.lax.rsqrt(var + BN_EPS)) + bias
+
+
+def _moments(x: Image, axis_name: str | None):
+  """Mean and biased variance per channel, and over how many values each."""
+  axes = (0, 1, 2)
+  count = x.size // x.shape[-1]
+  mean = x.mean(axes)
+  var = jnp.square(x - mean).mean(axes)
+  if axis_name is not None:
+    count *= jax.lax.axis_size(axis_name)
+    # One collective: the variance over all devices is the mean variance plus
+    # the variance of the means.
+    local = mean
+    mean, square, var = jax.lax.pmean((mean, local**2, var), axis_name)
+    var += jnp.maximum(square - mean**2, 0)
+  if count < 2:
+    raise ValueError(
+        f"BatchNorm in training needs more than one value per channel, got an "
+        f"activation of shape {x.shape}; use a larger batch or image")
+  return mean, var, count
+
+
+class ConvBNReLU(nn.Module):
+  """Convolution, BatchNorm, ReLU."""
+  features: int
+  kernel: int = 3
+  stride: int = 1
+  initializer: str = "pytorch"
+  use_bias: bool = False
+
+  def setup(self):
+    self.conv = Conv(self.features, self.kernel, self.stride, self.initializer,
+                     self.use_bias)
+    self.bn = BatchNorm()
+
+  def __call__(self, x: Image, mode: Mode) -> Image:
+    return jax.nn.relu(self.bn(self.conv(x), mode))
+
+
+class BottleneckConv(nn.Module):
+  """3×3 ConvBNReLU behind an optional 1×1 one that narrows the input.
+
+  The bottleneck is min(C_in, bottleneck_factor · features) wide; 0 leaves it
+  out.
+  """
+  features: int
+  bottleneck_factor: int
+  stride: int = 1
+  initializer: str = "pytorch"
+
+  @nn.compact
+  def __call__(self, x: Image, mode: Mode) -> Image:
+    if self.bottleneck_factor:
+      width = min(x.shape[-1], self.bottleneck_factor * self.features)
+      x = ConvBNReLU(
+          width, 1, initializer=self.initializer, name="reduce")(x, mode)
+    return ConvBNReLU(self.features, 3, self.stride, self.initializer,
+                      name="spatial")(x, mode)
+
+
+class Linear(nn.Module):
+  """Dense layer with bias and PyTorch's initialisation (uniform ±1/√fan_in).
+
+  With init "he" the bias starts at zero.
+  """
+  features: int
+  initializer: str = "pytorch"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B F"]) -> Float[Array, "B G"]:
+    init = initializers.fan_in_uniform(x.shape[-1])
+    kernel = self.param("kernel", init, (x.shape[-1], self.features))
+    bias = self.param(
+        "bias", init if self.initializer == "pytorch"
+        else initializers.constant(0.0), (self.features,))
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+    return x @ kernel + bias
+
+
+def resize_bilinear(x: Image, size: tuple[int, int]) -> Image:
+  """Image at another (height, width), bilinear with aligned corners.
+
+  The corner pixels keep their place; an output of one pixel takes the first.
+  """
+  for axis, length in enumerate(size, 1):
+    if length != x.shape[axis]:
+      weights = _interpolation(x.shape[axis], length).astype(x.dtype)
+      # HIGHEST: a GPU or TPU would round the operands to fewer bits.
+      x = jnp.einsum("bhwc,uh->buwc" if axis == 1 else "bhwc,uw->bhuc",
+                     x, weights, precision=jax.lax.Precision.HIGHEST)
+  return x
+
+
+def _interpolation(length_in: int, length_out: int) -> np.ndarray:
+  """[out in] matrix of linear interpolation with aligned ends."""
+  step = (length_in - 1) / (length_out - 1) if length_out > 1 else 0.0
+  position = step * np.arange(length_out)
+  return np.maximum(
+      0, 1 - np.abs(position[:, None] - np.arange(length_in)))
+
+
+class MaxPool(nn.Module):
+  """Max pooling over kernel × kernel windows, padded by kernel // 2."""
+  kernel: int = 3
+  stride: int = 2
+
+  def __call__(self, x: Image) -> Image:
+    pad = self.kernel // 2
+    return nn.max_pool(
+        x, (self.kernel, self.kernel), (self.stride, self.stride),
+        ((pad, pad), (pad, pad)))
+
+
+class GlobalAveragePool(nn.Module):
+  """Mean over the image: [B H W C] -> [B C]."""
+
+  def __call__(self, x: Image) -> Float[Array, "B C"]:
+    return x.mean(axis=(1, 2))
+
+
+class Stem(nn.Module):
+  """First layer: image -> one feature map per scale, finest first.
+
+  "cifar" starts with a 3×3 convolution at full size, "imagenet" with a strided
+  7×7 one, with bias, and a max pool: a quarter of the size. From there on every
+  scale is computed from the one before.
+
+  Fields:
+    kind: "cifar" or "imagenet".
+    widths: channels of each feature map.
+    strides: step from each feature map to the next, one fewer than widths.
+  """
+  kind: str
+  widths: tuple[int, ...]
+  strides: tuple[int, ...]
+  initializer: str = "pytorch"
+
+  @nn.compact
+  def __call__(self, x: Image, mode: Mode) -> list[Image]:
+    if self.kind == "imagenet":
+      x = ConvBNReLU(self.widths[0], 7, 2, self.initializer, use_bias=True,
+                     name="layers_0")(x, mode)
+      x = MaxPool(3, 2, name="pool")(x)
+    else:
+      x = ConvBNReLU(self.widths[0], 3, 1, self.initializer,
+                     name="layers_0")(x, mode)
+    features = [x]
+    for i, (width, stride) in enumerate(
+        zip(self.widths[1:], self.strides, strict=True), 1):
+      x = ConvBNReLU(width, 3, stride, self.initializer,
+                     name=f"layers_{i}")(x, mode)
+      features.append(x)
+    return features
+
+
+class Classifier(nn.Module):
+  """Exit classifier: two strided 3×3 ConvBNReLU, global mean, linear.
+
+  width 0 keeps the width of its input, as the ImageNet networks do; the CIFAR
+  ones use 128.
+  """
+  num_classes: int
+  width: int
+  initializer: str = "pytorch"
+
+  @nn.compact
+  def __call__(self, x: Image, mode: Mode) -> Float[Array, "B C"]:
+    width = self.width or x.shape[-1]
+    for i in range(2):
+      x = ConvBNReLU(width, 3, 2, self.initializer, name=f"convs_{i}")(x, mode)
+    x = GlobalAveragePool(name="pool")(x)
+    return Linear(self.num_classes, self.initializer, name="linear")(x)
+
+
+def check_image_size(
+    image_shape: tuple[int, int, int], shrink: int, reason: str) -> None:
+  """Raises ValueError when height or width is below `shrink` pixels."""
+  height, width, _ = image_shape
+  if min(height, width) < shrink:
+    raise ValueError(
+        f"images of {height}×{width} pixels are too small for {reason}: the "
+        f"coarsest scale is {shrink} times smaller; use larger images or fewer "
+        "scales")

@@ -1,0 +1,223 @@
+"""RANet (Yang et al., CVPR 2020): one flow per resolution, coarsest first.
+
+The first layer makes a feature map for every flow. Flow 0 works on the coarsest
+one and has an exit behind each of its `blocks` blocks. Flow i starts afresh on
+the map of its own scale and is block_step blocks longer than the flow before.
+Its first blocks, as many as that flow has, are fused: each layer also takes in
+the other flow's features in front of the same layer, upsampled. Only the
+block_step blocks beyond have exits. So exit k sits behind block k of one flow,
+always at the coarsest resolution.
+
+`plan` works out the flows as plain numbers; `RANet` builds them.
+"""
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from l2w_jax.models import layers
+from l2w_jax.models.layers import Image, Mode
+
+
+class BlockPlan(NamedTuple):
+  """One block of a flow.
+
+  layers: dense layers in it.
+  fused: whether it reads the same block of the flow before.
+  down: whether its last layer halves the resolution.
+  transition: whether it ends in a 1×1 convolution that narrows it.
+  """
+  layers: int
+  fused: bool
+  down: bool
+  transition: bool
+
+
+def plan(
+    blocks: int, block_step: int, step: int, step_mode: str,
+    scales: tuple[int, ...]) -> list[list[BlockPlan]]:
+  """The blocks of every flow.
+
+  Flow i has n = blocks + i · block_step blocks, block b with `step` layers
+  (even) or step · (b + 1) (lg). A flow of scale s halves its resolution s - 1
+  times, at the depths where the s - 1 flows before it end. It also narrows
+  s - 1 times, behind floor(j · n / s) blocks; the depths differ where two flows
+  share a scale.
+  """
+  ends = [blocks + i * block_step for i in range(len(scales))]
+  flows = []
+  for i, (end, scale) in enumerate(zip(ends, scales, strict=True)):
+    down_at = ends[i - scale + 1:i]
+    transition_at = [j * end // scale for j in range(1, scale)]
+    flows.append([
+        BlockPlan(
+            layers=step if step_mode == "even" else step * depth,
+            fused=i > 0 and depth <= ends[i - 1],
+            down=depth in down_at,
+            transition=depth in transition_at)
+        for depth in range(1, end + 1)])
+  return flows
+
+
+class DenseLayer(nn.Module):
+  """Appends `growth` channels to its input, strided if stride is 2.
+
+  Fused, with features `low` of another flow, floor(compress · growth) of them
+  are computed from those and interpolated to the size of the others.
+  """
+  growth: int
+  bottleneck_factor: int
+  low_bottleneck_factor: int
+  compress: float
+  stride: int
+  initializer: str
+
+  @nn.compact
+  def __call__(self, x: Image, low: Image | None, mode: Mode) -> Image:
+    conv = functools.partial(
+        layers.BottleneckConv, initializer=self.initializer)
+    from_low = 0 if low is None else math.floor(self.compress * self.growth)
+    new = conv(self.growth - from_low, self.bottleneck_factor, self.stride,
+               name="conv_normal")(x, mode)
+    size = new.shape[1:3]
+    parts = [layers.resize_bilinear(x, size)]
+    if low is not None:
+      up = conv(from_low, self.low_bottleneck_factor, name="conv_up")(low, mode)
+      parts.append(layers.resize_bilinear(up, size))
+    return jnp.concatenate([*parts, new], axis=-1)
+
+
+class Features(NamedTuple):
+  """Dense features of a block, from which the next flow reads.
+
+  before: in front of the last layer. Layers only append, so its first channels
+    are what the earlier layers were given.
+  after: behind the last layer, which may have halved the resolution.
+  """
+  before: Image
+  after: Image
+
+  def in_front_of(self, layer: int, num_layers: int, growth: int) -> Image:
+    """What that layer of the block was given."""
+    width = self.before.shape[-1] - (num_layers - 1 - layer) * growth
+    return self.before[..., :width]
+
+
+class Block(nn.Module):
+  """Dense block: (what it hands on in its flow, what the next flow reads)."""
+  spec: BlockPlan
+  growth: int
+  low_growth: int
+  bottleneck_factor: int
+  low_bottleneck_factor: int
+  compress: float
+  reduction: float
+  initializer: str
+
+  @nn.compact
+  def __call__(
+      self, x: Image, low: Features | None, mode: Mode,
+  ) -> tuple[Image, Features]:
+    num_layers = self.spec.layers
+    for i in range(num_layers):
+      before = x
+      low_before = low and low.in_front_of(i, num_layers, self.low_growth)
+      down = self.spec.down and i == num_layers - 1
+      x = DenseLayer(
+          self.growth, self.bottleneck_factor, self.low_bottleneck_factor,
+          self.compress, 2 if down else 1, self.initializer,
+          name=f"layers_{i}")(x, low_before, mode)
+    features = Features(before, x)
+    conv = functools.partial(
+        layers.ConvBNReLU, kernel=1, initializer=self.initializer)
+    if self.spec.fused:
+      width = math.floor(self.compress * x.shape[-1])
+      last = conv(width, name="conv_last")(low.after, mode)
+      last = layers.resize_bilinear(last, x.shape[1:3])
+      x = jnp.concatenate([x, last], axis=-1)
+    if self.spec.transition:
+      width = math.floor(self.reduction * x.shape[-1])
+      x = conv(width, name="transition")(x, mode)
+    return x, features
+
+
+class RANet(nn.Module):
+  """Resolution adaptive network; stage k ends in block k and its classifier.
+
+  Fields are the paper's; `config.py` says what each means. Scales and factors
+  name one flow each, coarsest first.
+  """
+  num_classes: int
+  blocks: int
+  block_step: int
+  step: int
+  step_mode: str
+  channels: int
+  growth: int
+  growth_factors: tuple[int, ...]
+  bottleneck_factors: tuple[int, ...]
+  scales: tuple[int, ...]
+  compress: float
+  reduction: float
+  stem: str
+  classifier_width: int
+  initializer: str
+
+  @staticmethod
+  def check(config, image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError for flows that cannot be built or fed."""
+
+  @property
+  def num_exits(self) -> int:
+    """K, the number of blocks in the last flow."""
+    return self.blocks + self.block_step * (len(self.scales) - 1)
+
+  def setup(self):
+    widths = tuple(self.channels * f for f in self.growth_factors[::-1])
+    strides = tuple(
+        2**(finer - coarser)
+        for finer, coarser in itertools.pairwise(self.scales[::-1]))
+    self.first_layer = layers.Stem(self.stem, widths, strides)
+    flows = plan(
+        self.blocks, self.block_step, self.step, self.step_mode, self.scales)
+    self.flows = [
+        [Block(spec, self.growth * self.growth_factors[i],
+               self.growth * self.growth_factors[i - 1],
+               self.bottleneck_factors[i], self.bottleneck_factors[i - 1],
+               self.compress, self.reduction, self.initializer)
+         for spec in flow]
+        for i, flow in enumerate(flows)]
+    self.classifier = [
+        layers.Classifier(
+            self.num_classes, self.classifier_width, self.initializer)
+        for _ in range(self.num_exits)]
+
+  def stage(
+      self, k: int, carry, mode: Mode = layers.EVALUATE,
+  ):
+    """Carry of stage k - 1 (images for k = 0) -> (carry, logits of exit k).
+
+    The carry is the feature map to go on with, the first layer's maps of the
+    flows to come, and the features of this flow's blocks, which the next reads.
+    """
+    if k == 0:
+      maps = self.first_layer(carry, mode)[::-1]
+      x, waiting, features = maps[0], maps[1:], []
+    else:
+      x, waiting, features = carry
+    i = 0 if k < self.blocks else 1 + (k - self.blocks) // self.block_step
+    if i > 0 and (k - self.blocks) % self.block_step == 0:
+      x, *waiting = waiting
+      low, features = features, []
+      for block, low_features in zip(self.flows[i], low):
+        x, own = block(x, low_features, mode)
+        features.append(own)
+    x, own = self.flows[i][k](x, None, mode)
+    logits = self.classifier[k](x, mode)
+    return (x, waiting, [*features, own]), logits

@@ -1,0 +1,260 @@
+"""The training loop: blocks of steps, metrics, checkpoints, and resuming.
+
+A block of steps is one dispatch: batches are made, and metrics collected, inside
+the compiled loop, and the metrics of a block are fetched while the next one runs.
+"""
+from __future__ import annotations
+
+import math
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+from ml_collections import ConfigDict
+
+from l2w_jax import checkpoint, evaluate, models, parallel
+from l2w_jax import config as config_lib
+from l2w_jax.data import resident, sources
+from l2w_jax.metrics_log import MetricsLog
+from l2w_jax.models.backbone import Backbone
+from l2w_jax.progress import Progress
+from l2w_jax.train_state import TrainState, init_state
+from l2w_jax.train_step import learning_rates, step_body
+
+BLOCK = 50  # most steps under one dispatch; bounds how late metrics arrive
+LOSS_BINS = 20  # of the weights-against-loss picture, up to 2·ln C nats
+# Keys that may change when a run is resumed; all others shape its result.
+FREE_KEYS = ("evaluate", "log", "checkpoint", "num_devices")
+
+
+class Block(NamedTuple):
+  """What a block of steps reports.
+
+  scalars: {name: [BLOCK 2]}, one row per step and one entry per half.
+  weight_sum, weight_count: [K M] over the block, by exit and loss bin.
+  """
+  scalars: dict[str, Array]
+  weight_sum: Array
+  weight_count: Array
+
+
+def loss_edges(num_classes: int) -> np.ndarray:
+  """[M+1] edges in nats of the loss bins; the last bin also takes the rest."""
+  return np.linspace(0, 2 * math.log(num_classes), LOSS_BINS + 1)
+
+
+def make_block_fn(
+    backbone: Backbone, config: ConfigDict, key: Array, steps_per_epoch: int,
+    num_devices: int):
+  """(state, data, n) -> (state, Block) after n ≤ BLOCK steps, on all devices.
+
+  The state is donated. Data and n are replicated over the devices.
+  """
+  devices = parallel.collectives(num_devices)
+  step = step_body(
+      backbone, config, steps_per_epoch=steps_per_epoch, devices=devices)
+  batch_fn = resident.make_batch_fn(config, key, devices)
+  names = ("train_loss", "meta_loss") if config.method == "l2w" else (
+      "train_loss",)
+  bin_width = 2 * math.log(backbone.num_classes) / LOSS_BINS
+
+  def one(i, carry, data):
+    state, block = carry
+    state, metrics = step(state, batch_fn(data, state.step))
+    bins = jnp.clip(metrics["losses"] // bin_width, 0, LOSS_BINS - 1)
+    onehot = jax.nn.one_hot(bins.astype(jnp.int32), LOSS_BINS)  # [2 B K M]
+    weights = metrics["weights"][..., None]
+    return state, Block(
+        {name: block.scalars[name].at[i].set(metrics[name]) for name in names},
+        block.weight_sum + (onehot * weights).sum((0, 1)),
+        block.weight_count + onehot.sum((0, 1)))
+
+  def run(state: TrainState, data: PyTree, n: Int[Array, ""]):
+    empty = jnp.zeros((backbone.num_exits, LOSS_BINS))
+    block = Block({name: jnp.zeros((BLOCK, 2)) for name in names}, empty, empty)
+    state, block = jax.lax.fori_loop(
+        0, n, lambda i, carry: one(i, carry, data), (state, block))
+    mean_sum, mean_count = devices.mean((block.weight_sum, block.weight_count))
+    return state, block._replace(
+        weight_sum=mean_sum * num_devices, weight_count=mean_count * num_devices)
+
+  return parallel.map_devices(run, num_devices, donate_argnums=(0,))
+
+
+def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
+  """Trains to the last epoch, from the latest checkpoint if there is one.
+
+  Returns:
+    False if the run had already finished.
+
+  Raises:
+    ValueError: the workdir belongs to another config, or the config does not
+      fit the data or the devices. Nothing is compiled or written before.
+  """
+  num_devices = parallel.num_local_devices(config.num_devices)
+  parallel.check_batch(config.batch, num_devices)
+  dataset = sources.load(config.data)
+  backbone = models.build_backbone(
+      config.model, dataset.num_classes, dataset.image_shape)
+  loop = _Loop(workdir, config, dataset, backbone, num_devices)
+  _check_same_run(workdir, config)
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not (workdir / "config.json").exists():
+    checkpoint.write_config(workdir, config)
+  with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+    return loop.run(checkpoints)
+
+
+def _check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
+  if not (workdir / "config.json").exists():
+    return
+  changed = config_lib.differences(
+      config, checkpoint.read_config(workdir), FREE_KEYS)
+  if changed:
+    raise ValueError(
+        f"workdir {workdir} was made with another config: config.{changed[0]}; "
+        "use another workdir, or the same config to resume")
+
+
+class _Loop:
+  """One run of the loop: what stays the same from block to block."""
+
+  def __init__(self, workdir, config, dataset, backbone, num_devices):
+    self._workdir, self._config = workdir, config
+    self._dataset, self._backbone = dataset, backbone
+    self._num_devices = num_devices
+    self._steps_per_epoch = resident.steps_per_epoch(
+        len(dataset.train.labels), config.batch)
+    self._total = config.epochs * self._steps_per_epoch
+    self._seconds = {"train": 0.0, "compile": 0.0}
+
+  def run(self, checkpoints: checkpoint.Checkpoints) -> bool:
+    config = self._config
+    init_key, data_key = jax.random.split(jax.random.key(config.seed))
+    state = init_state(init_key, self._backbone, config)
+    restored = checkpoints.restore(state)
+    if restored is not None:
+      state, info = restored
+      self._seconds = info["seconds"]
+    step = int(state.step)
+    if step >= self._total:
+      return False
+    with (MetricsLog(self._workdir, step) as self._log,
+          Progress(self._total, label=f"train {config.method}",
+                   interval=config.log.seconds, start=step) as self._progress):
+      if step:
+        self._progress.note(f"resuming after step {step} of {self._total}")
+      state = parallel.replicate(state, self._num_devices)
+      data = parallel.replicate(
+          resident.arrays(self._dataset), self._num_devices)
+      run_block = self._compile(data_key, state, data)
+      self._blocks(run_block, state, data, step, checkpoints)
+    return True
+
+  def _compile(self, key, state, data):
+    began = time.monotonic()
+    with self._progress.compiling("the training step"):
+      run_block = make_block_fn(
+          self._backbone, self._config, key, self._steps_per_epoch,
+          self._num_devices).lower(state, data, self._count(1)).compile()
+    with self._progress.compiling("the evaluation"):
+      self._score = evaluate.compile_scorer(
+          _variables(state), self._backbone, self._dataset, self._config,
+          self._num_devices)
+    self._seconds["compile"] += time.monotonic() - began
+    return run_block
+
+  def _count(self, n: int) -> Array:
+    return parallel.replicate(jnp.asarray(n, jnp.int32), self._num_devices)
+
+  def _blocks(self, run_block, state, data, step, checkpoints):
+    """Runs block after block; the report of one waits while the next runs."""
+    self._reported_at = began = time.monotonic()
+    pending = None
+    while step < self._total:
+      n = min(BLOCK, self._steps_per_epoch - step % self._steps_per_epoch)
+      state, block = run_block(state, data, self._count(n))
+      if pending is not None:
+        self._report(*pending)
+      pending = step, n, parallel.first(block, self._num_devices)
+      step += n
+      evaluates = self._due(step, self._config.evaluate.every)
+      saves = self._due(step, self._config.checkpoint.every)
+      if evaluates or saves:
+        self._report(*pending)
+        pending = None
+      if evaluates:
+        self._evaluate(state, step)
+      if saves:
+        self._seconds["train"] += time.monotonic() - began
+        began = time.monotonic()
+        self._log.flush()
+        checkpoints.save(
+            step, parallel.first(state, self._num_devices),
+            {"seconds": self._seconds, "complete": step == self._total})
+
+  def _due(self, step: int, every: int) -> bool:
+    """Whether something done every `every` epochs, and at the end, is due."""
+    epoch, rest = divmod(step, self._steps_per_epoch)
+    return rest == 0 and (epoch % every == 0 or step == self._total)
+
+  def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    self._log.write(kind, step, step / self._steps_per_epoch, values)
+
+  def _report(self, step: int, n: int, block: Block) -> None:
+    """Writes the lines of a block; waits until it is done."""
+    block = jax.device_get(block)
+    now = time.monotonic()
+    speed = n * self._config.batch / (now - self._reported_at)
+    self._reported_at = now
+    rates = learning_rates(self._config, self._steps_per_epoch)[0](
+        jnp.arange(step, step + n))
+    means = {name: _mean_of_known(rows[:n])
+             for name, rows in block.scalars.items()}
+    for i in range(n):
+      if (step + i + 1) % self._config.log.every == 0:
+        self._write("train", step + i + 1, {
+            "lr": float(rates[i]),
+            **{name: float(rows[i]) for name, rows in means.items()
+               if np.isfinite(rows[i])},
+            "images_per_second": speed})
+    done = step + n
+    self._progress.update(done, {
+        **{name: rows[-1] for name, rows in means.items()},
+        "epoch": math.ceil(done / self._steps_per_epoch)})
+    if self._config.method == "l2w" and self._due(
+        done, self._config.log.weights_every):
+      self._write_weights(done, block)
+
+  def _write_weights(self, step: int, block: Block) -> None:
+    mean = block.weight_sum / np.maximum(block.weight_count, 1)
+    self._write("weights", step, {
+        "loss_bins": loss_edges(self._backbone.num_classes).tolist(),
+        "mean_weight": [
+            [float(m) if count else None
+             for m, count in zip(means, counts, strict=True)]
+            for means, counts in zip(mean, block.weight_count, strict=True)],
+        "count": block.weight_count.astype(int).tolist()})
+
+  def _evaluate(self, state: TrainState, step: int) -> None:
+    scores = self._score(_variables(state), self._dataset.calibration)
+    self._write("evaluate", step, {
+        "split": "calibration",
+        "accuracy": scores.correct.mean(axis=0).tolist()})
+
+
+def _variables(state: TrainState) -> PyTree:
+  return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _mean_of_known(rows: np.ndarray) -> np.ndarray:
+  """Mean over the halves of each step; NaN where no half knows a value."""
+  known = np.isfinite(rows)
+  return np.where(
+      known.any(axis=1),
+      np.where(known, rows, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1),
+      np.nan)

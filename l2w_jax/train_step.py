@@ -1,0 +1,213 @@
+"""One step on one loader batch: where network, meta, optimizers and devices meet.
+
+A loader batch of 2B images is two half steps: half 1 trains and half 2 is the
+meta half, then the roles swap. Each half step is Eqs. 7, 8, 9 of `meta` for the
+method "l2w", and one plain SGD step on the sum of exit losses for "uniform".
+
+Over D devices every mean is global: BatchNorm statistics, centring over batch or
+all, the ranking and allocation of meta samples, the pseudo update and all
+gradients are those of the whole half, so D devices give what one gives. (The
+released code keeps all of them but the real gradient per GPU.)
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from l2w_jax import allocation, meta, weighting
+from l2w_jax import losses as losses_lib
+from l2w_jax.models import wpn
+from l2w_jax.models.backbone import Backbone
+from l2w_jax.parallel import Collectives
+from l2w_jax.train_state import TrainState, adam, apply_updates, sgd
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, PyTree]
+
+
+def make_train_step(
+    backbone: Backbone, config: ConfigDict, *, steps_per_epoch: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Jitted step on one device: (state, batch) -> (state, metrics).
+
+  Args:
+    backbone: the network.
+    config: a validated config.
+    steps_per_epoch: loader batches in an epoch; schedules and `meta.interval`
+      count in them.
+
+  Returns:
+    step(state, batch). batch is {"image": [2B H W channels], "label": [2B]},
+    images ready for the network; an odd batch splits into ceil and rest, and
+    its per-sample metrics are pairs instead of stacked arrays. Metrics, one
+    entry per half: train_loss [2] and meta_loss [2] in nats, weights
+    [2 B K], losses [2 B K], and for l2w allocated [2 B K] (bool) and
+    wpn_gradient (∇_Φ L_meta, before weight decay), NaN or False where
+    `meta.interval` left the WPN update out.
+  """
+  return jax.jit(step_body(backbone, config, steps_per_epoch=steps_per_epoch))
+
+
+def step_body(
+    backbone: Backbone, config: ConfigDict, *, steps_per_epoch: int,
+    devices: Collectives = Collectives(),
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """What one device does in a step; to be jitted, or mapped with `devices`."""
+  half_steps = {"l2w": _l2w_half_step, "uniform": _uniform_half_step}
+  half_step = half_steps[config.method](backbone, config, devices)
+  learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    rates = learning_rate(state.step), wpn_learning_rate(state.step)
+    update_wpn = state.step % steps_per_epoch % config.meta.interval == 0
+
+    def body(state, halves):
+      return half_step(state, *halves, *rates, update_wpn)
+
+    size = batch["label"].shape[0]
+    if size % 2 == 0:
+      halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+      swapped = jax.tree.map(lambda x: x[::-1], halves)
+      state, metrics = jax.lax.scan(body, state, (halves, swapped))
+    else:
+      first = jax.tree.map(lambda x: x[:(size + 1) // 2], batch)
+      second = jax.tree.map(lambda x: x[(size + 1) // 2:], batch)
+      state, metrics_1 = body(state, (first, second))
+      state, metrics_2 = body(state, (second, first))
+      metrics = jax.tree.map(_stack_or_pair, metrics_1, metrics_2)
+    return state.replace(step=state.step + 1), metrics
+
+  return step
+
+
+def learning_rates(
+    config: ConfigDict, steps_per_epoch: int,
+) -> tuple[optax.Schedule, optax.Schedule]:
+  """Step -> α of the backbone, and step -> β of the WPN: cosine to 0."""
+  total = config.epochs * steps_per_epoch
+  return (optax.cosine_decay_schedule(config.optimizer.learning_rate, total),
+          optax.cosine_decay_schedule(config.meta.learning_rate, total))
+
+
+def _stack_or_pair(a, b):
+  return jnp.stack([a, b]) if a.shape == b.shape else (a, b)
+
+
+def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
+  """SGD on the backbone; keeps this forward pass's running statistics."""
+  updates, opt_state = optimizer.update(
+      gradient, state.opt_state, state.params)
+  return state.replace(
+      params=apply_updates(state.params, updates, learning_rate),
+      batch_stats=batch_stats, opt_state=opt_state)
+
+
+def _train_losses(backbone, config, devices, batch_stats, half):
+  """Params -> (losses [B K], (running statistics, confidence [B K]))."""
+  def losses_fn(params):
+    logits, new_stats = backbone.apply(
+        {"params": params, "batch_stats": batch_stats}, half["image"],
+        train=True, axis_name=devices.axis_name)
+    losses = losses_lib.cross_entropy(
+        logits, half["label"], config.label_smoothing)
+    return losses, (new_stats, losses_lib.confidence(logits))
+
+  return losses_fn
+
+
+def _train_loss(weights, losses, devices):
+  return devices.mean((weights * losses).mean(axis=0).sum())
+
+
+def _uniform_half_step(backbone, config, devices):
+  """Plain SGD on Σ_k mean_i ℓ[i,k], at the cost of one forward and backward."""
+  optimizer = sgd(config.optimizer)
+
+  def half_step(state, train_half, unused_half, learning_rate,
+                unused_wpn_rate, unused_update_wpn):
+    losses_fn = _train_losses(
+        backbone, config, devices, state.batch_stats, train_half)
+    losses, pull, (batch_stats, _) = jax.vjp(
+        losses_fn, state.params, has_aux=True)
+    weights = jnp.ones_like(losses)
+    gradient = devices.mean(meta.backbone_gradient(pull, weights))
+    state = _real_step(optimizer, state, gradient, batch_stats, learning_rate)
+    return state, {"train_loss": _train_loss(weights, losses, devices),
+                   "weights": weights, "losses": losses}
+
+  return half_step
+
+
+def _l2w_half_step(backbone, config, devices):
+  """Eqs. 7, 8 and 9 on one pair of halves."""
+  optimizer, wpn_optimizer = sgd(config.optimizer), adam(config.meta)
+  proportions = allocation.proportions(config.meta.q, backbone.num_exits)
+
+  def weights_of(wpn_params, features):
+    return weighting.sample_weights(
+        wpn.apply(wpn_params, features), config.meta.epsilon,
+        config.meta.center_over, devices.mean)
+
+  def half_step(state, train_half, meta_half, learning_rate,
+                wpn_learning_rate, update_wpn):
+    losses_fn = _train_losses(
+        backbone, config, devices, state.batch_stats, train_half)
+    # The one forward pass at Θ; `pull` serves Eqs. 7 and 9.
+    losses, pull, (batch_stats, confidence) = jax.vjp(
+        losses_fn, state.params, has_aux=True)
+    features = weighting.features(losses, confidence, config.meta.inputs)
+
+    @jax.jit
+    def inner_sgd_step(gradient):
+      updates, _ = optimizer.update(gradient, state.opt_state, state.params)
+      return apply_updates(state.params, updates, learning_rate)
+
+    def meta_loss_fn(pseudo_params):
+      logits, _ = backbone.apply(
+          {"params": pseudo_params, "batch_stats": state.batch_stats},
+          meta_half["image"], train=True, axis_name=devices.axis_name)
+      meta_losses = losses_lib.cross_entropy(logits, meta_half["label"])
+      everyone = devices.gather(jax.lax.stop_gradient(
+          losses_lib.confidence(logits)))
+      allocated = allocation.allocate(everyone, proportions)
+      meta_loss = devices.num_devices * allocation.meta_loss(
+          meta_losses, devices.own(allocated), allocated.sum(axis=0))
+      return meta_loss, devices.own(allocated)
+
+    def updated_wpn():
+      (meta_loss, allocated), gradient = meta.wpn_gradient(
+          state.wpn_params, lambda phi: weights_of(phi, features), pull,
+          inner_sgd_step, meta_loss_fn, devices.mean)
+      updates, wpn_opt_state = wpn_optimizer.update(
+          gradient, state.wpn_opt_state, state.wpn_params)
+      wpn_params = apply_updates(state.wpn_params, updates, wpn_learning_rate)
+      return wpn_params, wpn_opt_state, {
+          "meta_loss": meta_loss, "allocated": allocated,
+          "wpn_gradient": gradient}
+
+    def kept_wpn():
+      shape = (meta_half["label"].shape[0], backbone.num_exits)
+      return state.wpn_params, state.wpn_opt_state, {
+          "meta_loss": jnp.full((), jnp.nan, losses.dtype),
+          "allocated": jnp.zeros(shape, bool),
+          "wpn_gradient": jax.tree.map(
+              lambda x: jnp.full_like(x, jnp.nan), state.wpn_params)}
+
+    wpn_params, wpn_opt_state, metrics = (
+        updated_wpn() if config.meta.interval == 1
+        else jax.lax.cond(update_wpn, updated_wpn, kept_wpn))
+
+    weights = weights_of(wpn_params, features)
+    gradient = devices.mean(meta.backbone_gradient(pull, weights))
+    state = _real_step(optimizer, state, gradient, batch_stats, learning_rate)
+    state = state.replace(wpn_params=wpn_params, wpn_opt_state=wpn_opt_state)
+    return state, metrics | {
+        "train_loss": _train_loss(weights, losses, devices),
+        "weights": weights, "losses": losses}
+
+  return half_step
