@@ -11,6 +11,7 @@ released code keeps all of them but the real gradient per GPU.)
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -98,6 +99,18 @@ def _stack_or_pair(a, b):
   return jnp.stack([a, b]) if a.shape == b.shape else (a, b)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def inner_sgd_step(
+    optimizer: optax.GradientTransformation, state: TrainState,
+    gradient: PyTree, learning_rate: jax.Array) -> PyTree:
+  """Θ̂ of Eq. 7: parameters after one step of the real optimizer.
+
+  The momentum buffer it would leave behind is dropped.
+  """
+  updates, _ = optimizer.update(gradient, state.opt_state, state.params)
+  return apply_updates(state.params, updates, learning_rate)
+
+
 def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
   """SGD on the backbone; keeps this forward pass's running statistics."""
   updates, opt_state = optimizer.update(
@@ -162,10 +175,8 @@ def _l2w_half_step(backbone, config, devices):
         losses_fn, state.params, has_aux=True)
     features = weighting.features(losses, confidence, config.meta.inputs)
 
-    @jax.jit
-    def inner_sgd_step(gradient):
-      updates, _ = optimizer.update(gradient, state.opt_state, state.params)
-      return apply_updates(state.params, updates, learning_rate)
+    def sgd_step(gradient):
+      return inner_sgd_step(optimizer, state, gradient, learning_rate)
 
     def meta_loss_fn(pseudo_params):
       logits, _ = backbone.apply(
@@ -182,7 +193,7 @@ def _l2w_half_step(backbone, config, devices):
     def updated_wpn():
       (meta_loss, allocated), gradient = meta.wpn_gradient(
           state.wpn_params, lambda phi: weights_of(phi, features), pull,
-          inner_sgd_step, meta_loss_fn, devices.mean)
+          sgd_step, meta_loss_fn, devices.mean)
       updates, wpn_opt_state = wpn_optimizer.update(
           gradient, state.wpn_opt_state, state.wpn_params)
       wpn_params = apply_updates(state.wpn_params, updates, wpn_learning_rate)
