@@ -1,0 +1,169 @@
+"""Eqs. 7, 8 and 9 against closed forms on models small enough for paper."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2w_jax import meta, weighting
+
+
+@pytest.fixture(autouse=True)
+def x64():
+  with jax.enable_x64(True):
+    yield
+
+
+def least_squares(x, y):
+  """theta [K d] -> losses ½ (theta_k·x_i - y_i)² [B K]."""
+  def losses_fn(theta):
+    return 0.5 * jnp.square(x @ theta.T - y[:, None])
+  return losses_fn
+
+
+def test_two_parameters_by_hand():
+  """One sample, one exit, one parameter each for Θ and Φ.
+
+  ℓ(θ) = θ²/2 at x = 1, y = 0, and w(φ) = φ. With α = 0.1, momentum 0.5 on a
+  buffer of 2 and weight decay 0.1, at θ = 3:
+
+    Θ̂(φ) = 3 - 0.1 (φ·3 + 0.5·2 + 0.1·3) = 2.87 - 0.3 φ
+
+  The meta loss is ½ (θ - 1)² on another sample, so its gradient in φ is
+  (Θ̂ - 1)·(-0.3); at φ = 1 that is 1.57 · -0.3 = -0.471.
+  """
+  losses_fn = least_squares(jnp.ones((1, 1)), jnp.zeros(1))
+  theta = jnp.full((1, 1), 3.0)
+  losses, pull = jax.vjp(losses_fn, theta)
+  np.testing.assert_allclose(losses, [[4.5]])
+
+  def sgd_step(gradient):
+    return theta - 0.1 * (gradient + 0.5 * 2.0 + 0.1 * theta)
+
+  def meta_loss_fn(pseudo):
+    return 0.5 * jnp.square(pseudo[0, 0] - 1), pseudo
+
+  (meta_loss, pseudo), gradient = meta.wpn_gradient(
+      jnp.ones(()), lambda phi: phi[None, None], pull, sgd_step, meta_loss_fn)
+  np.testing.assert_allclose(pseudo, [[2.57]], rtol=1e-14)
+  np.testing.assert_allclose(meta_loss, 0.5 * 1.57**2, rtol=1e-14)
+  np.testing.assert_allclose(gradient, -0.471, rtol=1e-14)
+  # Eq. 9 with φ⁺ = 1.5: the gradient of 1.5·θ²/2 at 3.
+  np.testing.assert_allclose(
+      meta.backbone_gradient(pull, jnp.full((1, 1), 1.5)), [[4.5]], rtol=1e-14)
+
+
+def problem(seed=0, num=7, exits=3, dim=4):
+  rng = np.random.default_rng(seed)
+  return {
+      "x": rng.normal(size=(num, dim)), "y": rng.normal(size=num),
+      "meta_x": rng.normal(size=(num, dim)), "meta_y": rng.normal(size=num),
+      "theta": rng.normal(size=(exits, dim)),
+      "buffer": rng.normal(size=(exits, dim)),
+      "phi": rng.normal(size=(exits, exits)),
+      "exit_of_sample": rng.integers(0, exits, num)}
+
+
+ALPHA, MOMENTUM, DECAY, EPSILON = 0.3, 0.9, 0.05, 0.7
+
+
+def ours(p, phi):
+  """(L_meta, ∇_Φ L_meta) with a one-layer tanh WPN on the losses."""
+  losses, pull = jax.vjp(
+      least_squares(jnp.asarray(p["x"]), jnp.asarray(p["y"])), p["theta"])
+  features = weighting.features(losses, losses, "loss")
+
+  def weights_fn(phi):
+    return weighting.sample_weights(jnp.tanh(features @ phi), EPSILON, "exits")
+
+  def sgd_step(gradient):
+    return p["theta"] - ALPHA * (
+        gradient + MOMENTUM * p["buffer"] + DECAY * p["theta"])
+
+  taken = np.eye(len(p["theta"]))[p["exit_of_sample"]]
+  share = taken / np.maximum(taken.sum(0), 1)
+
+  def meta_loss_fn(pseudo):
+    losses = least_squares(p["meta_x"], p["meta_y"])(pseudo)
+    return (share * losses).sum(), None
+
+  (meta_loss, _), gradient = meta.wpn_gradient(
+      phi, weights_fn, pull, jax.jit(sgd_step), meta_loss_fn)
+  return meta_loss, gradient
+
+
+def closed_form(p, phi):
+  """∂L_meta/∂Φ for least squares, every factor on paper.
+
+  r_ik = θ_k·x_i - y_i is the residual, so ∇ℓ[i,k] = r_ik x_i. With v_k the
+  mean of r̂ x̂ over the meta samples of exit k,
+  ∂L_meta/∂w[i,k] = -(α/B) r_ik (x_i·v_k); centring over exits subtracts the
+  row mean, and tanh multiplies by 1 - u².
+  """
+  num, exits = len(p["x"]), len(p["theta"])
+  residual = p["x"] @ p["theta"].T - p["y"][:, None]
+  losses = 0.5 * residual**2
+  u = np.tanh(losses @ phi)
+  w = 1 + EPSILON * (u - u.mean(1, keepdims=True))
+  gradient = np.stack([
+      sum(w[i, k] * residual[i, k] * p["x"][i] for i in range(num)) / num
+      for k in range(exits)])
+  pseudo = p["theta"] - ALPHA * (
+      gradient + MOMENTUM * p["buffer"] + DECAY * p["theta"])
+  meta_residual = p["meta_x"] @ pseudo.T - p["meta_y"][:, None]
+  v = np.zeros_like(pseudo)
+  for k in range(exits):
+    own = np.flatnonzero(p["exit_of_sample"] == k)
+    for i in own:
+      v[k] += meta_residual[i, k] * p["meta_x"][i] / len(own)
+  dw = -(ALPHA / num) * residual * (p["x"] @ v.T)
+  du = EPSILON * (dw - dw.mean(1, keepdims=True))
+  return losses.T @ (du * (1 - u**2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wpn_gradient_is_the_closed_form(seed):
+  p = problem(seed)
+  _, gradient = ours(p, jnp.asarray(p["phi"]))
+  np.testing.assert_allclose(gradient, closed_form(p, p["phi"]), rtol=1e-11)
+
+
+def test_wpn_gradient_is_the_finite_difference():
+  p = problem()
+  _, gradient = ours(p, jnp.asarray(p["phi"]))
+  h = 1e-6
+  for index in np.ndindex(p["phi"].shape):
+    step = np.zeros_like(p["phi"])
+    step[index] = h
+    difference = (ours(p, p["phi"] + step)[0]
+                  - ours(p, p["phi"] - step)[0]) / (2 * h)
+    # Truncation h² and cancellation 1e-16/h.
+    np.testing.assert_allclose(gradient[index], difference, rtol=1e-6,
+                               atol=1e-9)
+
+
+def test_pull_form_is_the_textbook_form():
+  """jax.grad of the weighted loss inside, as Eqs. 7 and 8 are written."""
+  p = problem()
+
+  def objective(phi):
+    losses_fn = least_squares(p["x"], p["y"])
+
+    @jax.jit
+    def inner_step(theta, phi):
+      def train_loss(theta):
+        losses = losses_fn(theta)
+        u = jnp.tanh(jax.lax.stop_gradient(losses) @ phi)
+        weights = weighting.sample_weights(u, EPSILON, "exits")
+        return (weights * losses).mean(0).sum()
+      gradient = jax.grad(train_loss)(theta)
+      return theta - ALPHA * (
+          gradient + MOMENTUM * p["buffer"] + DECAY * theta)
+
+    losses = least_squares(p["meta_x"], p["meta_y"])(
+        inner_step(p["theta"], phi))
+    return sum(losses[p["exit_of_sample"] == k, k].mean() for k in range(3)
+               if (p["exit_of_sample"] == k).any())
+
+  _, gradient = ours(p, jnp.asarray(p["phi"]))
+  np.testing.assert_allclose(
+      gradient, jax.grad(objective)(jnp.asarray(p["phi"])), rtol=1e-12)
