@@ -22,6 +22,9 @@ from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
 
+# Keys that may change when a run is resumed; all others shape its result.
+FREE_KEYS = ("evaluate", "log", "checkpoint", "num_devices")
+
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
   """Replaces a file by `text`; a reader sees the old or the new one whole."""
@@ -58,6 +61,17 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
   return config_lib.validate(config_lib.from_dict(values))
 
 
+def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Raises ValueError if the run directory was made with another config."""
+  if not (workdir / "config.json").exists():
+    return
+  changed = config_lib.differences(config, read_config(workdir), FREE_KEYS)
+  if changed:
+    raise ValueError(
+        f"workdir {workdir} was made with another config: config.{changed[0]}; "
+        "use another workdir, or the same config to resume")
+
+
 def digests(state: PyTree) -> dict[str, int]:
   """CRC-32 of every array of a state, by its path."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(state)
@@ -70,13 +84,14 @@ class Checkpoints:
 
   Args:
     workdir: the run directory; checkpoints go into its `checkpoints` folder.
-    keep: how many of the latest to keep; None keeps all.
+    keep: how many of the latest to keep; None is for reading only.
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int | None = None):
     self._folder = workdir.absolute() / "checkpoints"
     self._manager = ocp.CheckpointManager(
-        self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        self._folder, options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=keep is not None))
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -85,9 +100,14 @@ class Checkpoints:
     self._manager.close()
 
   def save(self, step: int, state: PyTree, info: dict[str, Any]) -> None:
-    """Commits a step in the background; an existing step is left as it is."""
-    if step in self._manager.all_steps():
-      return
+    """Commits a step in the background.
+
+    Steps at or after it are deleted: they were damaged, or the run would not
+    have gone back behind them, and Orbax would save nothing before the latest.
+    """
+    for later in self._manager.all_steps():
+      if later >= step:
+        self._manager.delete(later)
     # A copy: the caller's next step may reuse the memory while this is written.
     state = jax.tree.map(np.array, state)
     info = {**info, "digests": digests(state)}

@@ -35,7 +35,8 @@ def _number(low, high, doc, default, *, open_low=False, integer=False) -> Key:
   def allowed(value):
     kind = int if integer else (int, float)
     return (isinstance(value, kind) and not isinstance(value, bool)
-            and (low < value if open_low else low <= value) and value <= high)
+            and math.isfinite(value) and value <= high
+            and (low < value if open_low else low <= value))
 
   noun = "a whole number" if integer else "a number"
   bound = "above" if open_low else "at least"
@@ -67,7 +68,8 @@ def _flag(default, doc) -> Key:
 def _factors(default, doc) -> Key:
   def allowed(value):
     return (isinstance(value, (tuple, list)) and len(value) > 0
-            and all(isinstance(v, int) and v >= 1 for v in value))
+            and all(isinstance(v, int) and not isinstance(v, bool) and v >= 1
+                    for v in value))
 
   return Key(default, allowed, "a tuple of whole numbers, at least 1 each", doc)
 
@@ -104,7 +106,29 @@ MODEL_KEYS = {
             "drop scales evenly over the depth, or only at its end"),
         **_EVERY_MODEL,
     },
+    "ranet": {
+        "blocks": _integer(2, 1, "blocks, and exits, of the coarsest flow"),
+        "block_step": _integer(2, 1, "exits a flow adds to the one before"),
+        "step": _integer(2, 1, "layers in a block"),
+        "step_mode": _choice(
+            "lg", ("even", "lg"), "block b has step layers, or step·b"),
+        "scales": _factors(
+            (1, 2, 3), "scale of each flow, coarsest first; 1 is the coarsest"),
+        "compress": _number(
+            0, 1, "share of a fused layer's growth from the flow before", 0.25,
+            open_low=True),
+        **_EVERY_MODEL,
+        "growth_factors": _factors((4, 2, 1), "width of each flow"),
+        "bottleneck_factors": _factors(
+            (4, 2, 1), "bottleneck width of each flow, times its growth"),
+        "init": _choice(
+            "he", ("pytorch", "he"),
+            "kernels behind the first layer: as released, or uniform "
+            "±1/√fan_in"),
+    },
 }
+
+_NAME = {"name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone")}
 
 KEYS = {
     "seed": _integer(0, 0, "root of every random number of a run"),
@@ -230,12 +254,28 @@ def validate(config: ConfigDict) -> ConfigDict:
     ValueError: naming the first key that is missing, unknown or out of range.
   """
   model = config.get("model")
-  name = model.get("name") if isinstance(model, ConfigDict) else None
-  keys = {**KEYS, "model": {
-      "name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone"),
-      **_model_keys(name)}}
-  _validate(config, keys, "config")
+  # Without a name, any table serves to say that the name is missing.
+  name = (model.get("name", "msdnet") if isinstance(model, ConfigDict)
+          else "msdnet")
+  _validate(config, {**KEYS, "model": {**_NAME, **_model_keys(name)}}, "config")
   return config
+
+
+def check_key(key: str) -> None:
+  """Raises ValueError unless a config, of whichever model, has this key.
+
+  Args:
+    key: dotted, such as "model.num_exits".
+  """
+  models = {name: k for keys in MODEL_KEYS.values() for name, k in keys.items()}
+  node, path = {**KEYS, "model": {**_NAME, **models}}, "config"
+  for name in key.split("."):
+    if not isinstance(node, Mapping):
+      raise ValueError(f"{path} is a value and has no keys, so {path}.{name} "
+                       "does not exist")
+    if name not in node:
+      raise ValueError(unknown_key(f"{path}.{name}", node))
+    node, path = node[name], f"{path}.{name}"
 
 
 def _validate(values: Any, keys: Mapping, path: str) -> None:
@@ -307,9 +347,12 @@ def _override(config: ConfigDict, key: str, value: Any) -> None:
     node, path = node[parent], f"{path}.{parent}"
   if name not in node:
     raise ValueError(unknown_key(f"{path}.{name}", list(node)))
+  error = ValueError(f"{path}.{name} must be of the type of {node[name]!r}, got "
+                     f"{value!r}")
+  # ConfigDict would make 1.0 of a True.
+  if isinstance(value, bool) and not isinstance(node[name], bool):
+    raise error
   try:
     node[name] = value
-  except TypeError as error:
-    raise ValueError(
-        f"{path}.{name} must be of the type of {node[name]!r}, got "
-        f"{value!r}") from error
+  except TypeError as cause:
+    raise error from cause

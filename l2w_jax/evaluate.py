@@ -95,14 +95,16 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   state, info = _restore(workdir, config, backbone)
   variables = parallel.replicate(
       {"params": state.params, "batch_stats": state.batch_stats}, num_devices)
-  with Progress(total=2, unit="split", label="evaluate") as progress:
+  num_calibration = len(dataset.calibration.labels)
+  total = num_calibration + len(dataset.test.labels)
+  with Progress(total, unit="image", label="evaluate") as progress:
     with progress.compiling("the evaluation"):
       score = compile_scorer(
           variables, backbone, dataset, config, num_devices)
     calibration = score(variables, dataset.calibration)
-    progress.update(1, {})
+    progress.update(num_calibration, {})
     test = score(variables, dataset.test)
-    progress.update(2, {})
+    progress.update(total, {})
   thresholds = exit_policy.find_thresholds(
       calibration.confidence,
       exit_policy.proportions(QS, backbone.num_exits),

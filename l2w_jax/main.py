@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from l2w_jax import config as config_lib
 
 FLAGS = flags.FLAGS
 # No default: a default value would parse overrides at import, where a typo is
@@ -30,14 +33,17 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
   """
   # Imported here, so that a mistyped flag is told at once.
   from l2w_jax import checkpoint, evaluate, report, train
-  from l2w_jax import config as config_lib
 
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"workdir {workdir} is not a directory; name another")
   if config is not None:
     config = config_lib.validate(config)
   elif mode in ("all", "train"):
     raise ValueError(f"--mode={mode} needs --config=FILE.py")
-  else:
-    config = checkpoint.read_config(workdir)
+  if mode in ("evaluate", "report"):
+    made_with = checkpoint.read_config(workdir)
+    config = made_with if config is None else config
+    checkpoint.check_same_run(workdir, config)
   if mode in ("all", "train") and not train.train(workdir, config):
     print(f"{workdir}: training had already finished")
     if mode == "all" and _is_reported(workdir):
@@ -65,35 +71,52 @@ def _print_results(results) -> None:
           f"accuracy {100 * row['accuracy']:.2f} %")
 
 
-def _main(unused_argv) -> None:
+def _main(argv) -> None:
   try:
+    if len(argv) > 1:
+      raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    if not FLAGS.workdir:
+      raise ValueError("--workdir is missing; name the directory of the run")
     run(FLAGS.mode, pathlib.Path(FLAGS.workdir), FLAGS.config)
   except ValueError as error:
-    if FLAGS.debug:
-      raise
     _fail(error)
 
 
 def _parse_flags(argv):
   """Flags, or one line on standard error and exit code 2."""
   try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    for argument in argv[1:]:
+      override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+      if override is not None:
+        config_lib.check_key(override[1])
+    arguments = FLAGS(argv)
+    if FLAGS.config is not None:
+      FLAGS.config.keys()  # raises now if the file could not be read
+    return arguments
+  except SystemExit as leave:  # after --help absl leaves with 1
+    sys.exit(0 if leave.code == 1 else leave.code)
+  except (AttributeError, KeyError) as error:
+    _fail(error, "no such key in this config: ")
+  except (flags.Error, OSError, TypeError, ValueError) as error:
     _fail(error)
 
 
-def _fail(error: Exception) -> None:
-  print(f"error: {_one_line(error)}", file=sys.stderr)
+def _fail(error: Exception, prefix: str = "") -> None:
+  logging.debug("where it was raised (--verbosity=1):", exc_info=error)
+  print(f"error: {prefix}{_one_line(error)}", file=sys.stderr)
   sys.exit(2)
 
 
 def _one_line(error: Exception) -> str:
-  # str(KeyError) is the repr of its message.
-  message = error.args[0] if isinstance(error, KeyError) else error
-  return " ".join(str(message).split())
+  message = str(error)
+  if isinstance(error, KeyError):  # its message comes with quotes around it
+    message = str(error.args[0]).strip("'\"")
+  if isinstance(error, OSError) or "Traceback" in message:
+    # Config files that cannot be read or run: the cause comes last.
+    message = message.strip().splitlines()[-1]
+  return " ".join(message.split())
 
 
 if __name__ == "__main__":
   logging.set_verbosity(logging.WARNING)
-  flags.mark_flag_as_required("workdir")
   app.run(_main, flags_parser=_parse_flags)

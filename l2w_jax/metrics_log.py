@@ -21,9 +21,9 @@ class MetricsLog:
     self._workdir = workdir
     path = workdir / "metrics.jsonl"
     if path.exists():
-      lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-      checkpoint.write_atomically(
-          path, "".join(line for line in lines if _step(line) <= step))
+      lines = path.read_text(encoding="utf-8").splitlines()
+      checkpoint.write_atomically(path, "".join(
+          line + "\n" for line in lines if _step(line) <= step))
     self._file = path.open("a", encoding="utf-8")
     self._events = _events(workdir, step)
 

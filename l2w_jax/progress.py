@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 BAR_INTERVAL = 0.2  # seconds between redraws of the bar
 # Without a percentage, so that rate, time left and two losses fit 80 columns.
@@ -68,7 +68,7 @@ class Progress:
     self._shown_done, self._shown_at = start, None
     self._mark = None  # (time, count) from which the rate is measured
 
-  def __enter__(self) -> Self:
+  def __enter__(self) -> Progress:
     if self._live:
       from tqdm import tqdm
       # tqdm's own measure hides the bar where a terminal says it is 0 by 0.

@@ -17,7 +17,6 @@ from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import checkpoint, evaluate, models, parallel
-from l2w_jax import config as config_lib
 from l2w_jax.data import resident, sources
 from l2w_jax.metrics_log import MetricsLog
 from l2w_jax.models.backbone import Backbone
@@ -27,8 +26,6 @@ from l2w_jax.train_step import learning_rates, step_body
 
 BLOCK = 50  # most steps under one dispatch; bounds how late metrics arrive
 LOSS_BINS = 20  # of the weights-against-loss picture, up to 2·ln C nats
-# Keys that may change when a run is resumed; all others shape its result.
-FREE_KEYS = ("evaluate", "log", "checkpoint", "num_devices")
 
 
 class Block(NamedTuple):
@@ -101,23 +98,12 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
   loop = _Loop(workdir, config, dataset, backbone, num_devices)
-  _check_same_run(workdir, config)
+  checkpoint.check_same_run(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
   if not (workdir / "config.json").exists():
     checkpoint.write_config(workdir, config)
   with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
     return loop.run(checkpoints)
-
-
-def _check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
-  if not (workdir / "config.json").exists():
-    return
-  changed = config_lib.differences(
-      config, checkpoint.read_config(workdir), FREE_KEYS)
-  if changed:
-    raise ValueError(
-        f"workdir {workdir} was made with another config: config.{changed[0]}; "
-        "use another workdir, or the same config to resume")
 
 
 class _Loop:
@@ -135,12 +121,13 @@ class _Loop:
   def run(self, checkpoints: checkpoint.Checkpoints) -> bool:
     config = self._config
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
-    state = init_state(init_key, self._backbone, config)
-    restored = checkpoints.restore(state)
-    if restored is not None:
+    restored = checkpoints.restore(jax.eval_shape(
+        lambda key: init_state(key, self._backbone, config), init_key))
+    if restored is None:
+      state, step = init_state(init_key, self._backbone, config), 0
+    else:
       state, info = restored
-      self._seconds = info["seconds"]
-    step = int(state.step)
+      step, self._seconds = int(state.step), info["seconds"]
     if step >= self._total:
       return False
     with (MetricsLog(self._workdir, step) as self._log,

@@ -5,8 +5,9 @@ from ml_collections import ConfigDict
 
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.models.msdnet import MSDNet
+from l2w_jax.models.ranet import RANet
 
-BACKBONES = {"msdnet": MSDNet}
+BACKBONES = {"msdnet": MSDNet, "ranet": RANet}
 
 
 def build_backbone(

@@ -143,15 +143,32 @@ class Block(nn.Module):
       x = jnp.concatenate([x, last], axis=-1)
     if self.spec.transition:
       width = math.floor(self.reduction * x.shape[-1])
+      if width == 0:
+        raise ValueError(
+            f"reduction {self.reduction} leaves none of {x.shape[-1]} "
+            "channels; use a larger one")
       x = conv(width, name="transition")(x, mode)
     return x, features
+
+
+class Carry(NamedTuple):
+  """What a stage leaves to the later ones; empty where none of them needs it.
+
+  x: feature map that the flow goes on with.
+  waiting: the first layer's maps of the flows to come.
+  low: features of this flow's blocks so far, for the next flow.
+  """
+  x: Image | None
+  waiting: list[Image]
+  low: list[Features]
 
 
 class RANet(nn.Module):
   """Resolution adaptive network; stage k ends in block k and its classifier.
 
   Fields are the paper's; `config.py` says what each means. Scales and factors
-  name one flow each, coarsest first.
+  have one entry for each flow, coarsest first. The first layer starts from
+  PyTorch's initialisation whatever `initializer` says, as the released one.
   """
   num_classes: int
   blocks: int
@@ -172,6 +189,33 @@ class RANet(nn.Module):
   @staticmethod
   def check(config, image_shape: tuple[int, int, int]) -> None:
     """Raises ValueError for flows that cannot be built or fed."""
+    scales = tuple(config.scales)
+    if scales[0] != 1 or any(
+        b - a not in (0, 1) for a, b in itertools.pairwise(scales)):
+      raise ValueError(
+          f"scales {scales} must start at 1, the coarsest, and go on with the "
+          "same scale or the next finer one, such as (1, 2, 3) or (1, 2, 3, 3)")
+    for name in ("growth_factors", "bottleneck_factors"):
+      if len(config[name]) != len(scales):
+        raise ValueError(
+            f"{name} {tuple(config[name])} must have one entry for each of "
+            f"the {len(scales)} scales {scales}")
+    for factor in config.growth_factors[1:]:
+      new = config.growth * factor
+      if not 1 <= math.floor(config.compress * new) < new:
+        raise ValueError(
+            f"compress {config.compress} leaves one of two flows without new "
+            f"channels: a layer adds {new} (growth {config.growth} times "
+            f"factor {factor}), of which the coarser flow makes floor(compress "
+            f"· {new}); use a larger growth or another compress")
+    if not 0 < config.reduction <= 1:
+      raise ValueError(
+          f"reduction {config.reduction} must be above 0 and at most 1: a "
+          "RANet cannot leave its transitions out")
+    layers.check_image_size(
+        image_shape, (4 if config.stem == "imagenet" else 1) * 2**(
+            scales[-1] - 1),
+        f"scales {scales} and the {config.stem} stem")
 
   @property
   def num_exits(self) -> int:
@@ -199,25 +243,34 @@ class RANet(nn.Module):
         for _ in range(self.num_exits)]
 
   def stage(
-      self, k: int, carry, mode: Mode = layers.EVALUATE,
-  ):
-    """Carry of stage k - 1 (images for k = 0) -> (carry, logits of exit k).
-
-    The carry is the feature map to go on with, the first layer's maps of the
-    flows to come, and the features of this flow's blocks, which the next reads.
-    """
+      self, k: int, carry: Image | Carry, mode: Mode = layers.EVALUATE,
+  ) -> tuple[Carry, Float[Array, "B C"]]:
+    """Carry of stage k - 1 (images for k = 0) -> (carry, logits of exit k)."""
     if k == 0:
-      maps = self.first_layer(carry, mode)[::-1]
-      x, waiting, features = maps[0], maps[1:], []
+      x, *waiting = reversed(self.first_layer(carry, mode))
+      low = []
     else:
-      x, waiting, features = carry
-    i = 0 if k < self.blocks else 1 + (k - self.blocks) // self.block_step
-    if i > 0 and (k - self.blocks) % self.block_step == 0:
+      x, waiting, low = carry
+    flow = self.flows[self._flow(k)]
+    if k > 0 and self._flow(k - 1) != self._flow(k):
       x, *waiting = waiting
-      low, features = features, []
-      for block, low_features in zip(self.flows[i], low):
-        x, own = block(x, low_features, mode)
-        features.append(own)
-    x, own = self.flows[i][k](x, None, mode)
+      x, low = _run_fused(flow, x, low, mode)
+    x, features = flow[k](x, None, mode)
     logits = self.classifier[k](x, mode)
-    return (x, waiting, [*features, own]), logits
+    low = [*low, features] if waiting else []
+    return Carry(x if k + 1 < len(flow) else None, waiting, low), logits
+
+  def _flow(self, k: int) -> int:
+    """Flow that exit k belongs to."""
+    return max(0, 1 + (k - self.blocks) // self.block_step)
+
+
+def _run_fused(
+    flow: list[Block], x: Image, low: list[Features], mode: Mode,
+) -> tuple[Image, list[Features]]:
+  """The blocks that flow has in common with the one before, of features low."""
+  own = []
+  for block, low_features in zip(flow[:len(low)], low, strict=True):
+    x, features = block(x, low_features, mode)
+    own.append(features)
+  return x, own

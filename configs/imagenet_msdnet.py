@@ -1,0 +1,22 @@
+"""ImageNet, MSDNet with 5 exits; the argument is STEP-METHOD, such as 6-l2w.
+
+Steps 4, 6 and 7 are the paper's three networks, for 100 epochs.
+"""
+from l2w_jax import config as l2w_config
+
+
+def get_config(variant="4-l2w"):
+  """`variant` is l2w or uniform (step 4), or STEP-METHOD."""
+  step, _, method = variant.rpartition("-")
+  config = l2w_config.defaults("msdnet")
+  config.method = method
+  config.epochs = 100
+  config.batch = 4096
+  config.data.source = "tfds:imagenet2012"
+  config.model.update(
+      stem="imagenet", step_mode="even", step=int(step or 4),
+      base=int(step or 4), channels=32, growth=16,
+      growth_factors=(1, 2, 4, 4), bottleneck_factors=(1, 2, 4, 4),
+      classifier_width=0)
+  config.meta.update(epsilon=0.3, center_over="all", interval=100)
+  return config

@@ -1,0 +1,177 @@
+"""The six half steps of a step_*.npz fixture, run and compared in float64.
+
+Used by the tests on the fixtures in tests/golden and by
+experiments/check_golden.py on a folder of them. golden/README.md of the fixtures
+says how weights and images follow from names and seeds.
+"""
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import l2w_jax as l2w
+from l2w_jax import config as config_lib
+from l2w_jax import convert
+
+CENTER_OVER = {"col": "exits", "row": "batch", "mat": "all"}
+INPUTS = {"loss": "loss", "conf": "confidence", "both": "both"}
+
+
+def value(name, shape, suffix=""):
+  """The deterministic tensor of a torch name, float32."""
+  rng = np.random.RandomState(
+      zlib.crc32((name + suffix).encode()) & 0x7fffffff)
+  if name.endswith("num_batches_tracked"):
+    return np.zeros(shape, np.int64)
+  if name.endswith("running_mean"):
+    x = 0.1 * rng.standard_normal(shape)
+  elif name.endswith("running_var"):
+    x = 1 + 0.5 * rng.random_sample(shape)
+  elif name.endswith("bias"):
+    x = 0.1 * rng.standard_normal(shape)
+  elif len(shape) >= 2:
+    x = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+  else:
+    x = 1 + 0.1 * rng.standard_normal(shape)
+  return x.astype(np.float32)
+
+
+def images(seed, batch, size):
+  """[B H W 3] float32, from the rule's [B 3 H W]."""
+  x = np.random.RandomState(1234 + seed).standard_normal((batch, 3, size, size))
+  return x.astype(np.float32).transpose(0, 2, 3, 1)
+
+
+def config_of(c):
+  """Our config of a step fixture's."""
+  config = config_lib.defaults("msdnet")
+  config.epochs = c["epochs"]
+  config.model.update(
+      num_exits=c["nBlocks"], channels=c["nChannels"], growth=c["growthRate"],
+      classifier_width=c["cls_width"])
+  config.optimizer.update(
+      learning_rate=c["lr"], momentum=c["momentum"],
+      weight_decay=c["weight_decay"])
+  config.meta.update(
+      learning_rate=c["meta_lr"], weight_decay=c["meta_weight_decay"],
+      epsilon=c["epsilon"], q=c["target_p_index"] / 20,
+      interval=c["meta_interval"], hidden=c["hidden"], layers=c["wpn_layers"],
+      center_over=CENTER_OVER[c["constraint_dimension"]],
+      inputs=INPUTS[c["meta_net_input_type"]])
+  return config_lib.validate(config)
+
+
+def double(tree):
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+
+
+def initial_state(fixture, c, config, backbone):
+  """The fixture's state before the first half, in float64."""
+  template = l2w.init_state(jax.random.key(0), backbone, config)
+  names = convert.export_released(
+      {"params": template.params, "batch_stats": template.batch_stats},
+      backbone)
+  variables = convert.import_released(
+      {name: value(name, x.shape, c["suffix"]) for name, x in names.items()},
+      backbone)
+  wpn = convert.import_released_wpn({
+      name: value(name, tuple(shape), c["suffix"]) for name, shape in zip(
+          json.loads(str(fixture["wpn_names"])),
+          json.loads(str(fixture["wpn_shapes"])), strict=True)})
+  return template.replace(
+      step=jnp.asarray(c["epoch"] * 3, jnp.int32),
+      params=double(variables["params"]),
+      batch_stats=double(variables["batch_stats"]), wpn_params=double(wpn))
+
+
+def flat(names, state_dict):
+  """Torch tensors one after the other, as the fixtures store them."""
+  return np.concatenate([np.ravel(state_dict[name]) for name in names])
+
+
+def summary(names, state_dict):
+  """Per tensor: sum, L2 norm, dot with its probe."""
+  rows = []
+  for name in names:
+    x = np.asarray(state_dict[name], np.float64)
+    probe = np.random.RandomState(
+        zlib.crc32((name + "/probe").encode()) & 0x7fffffff
+    ).standard_normal(x.shape)
+    rows.append([x.sum(), np.linalg.norm(x), (x * probe).sum()])
+  return np.array(rows)
+
+
+def relative(ours, theirs):
+  """Largest difference relative to the largest entry of the array."""
+  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+  return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-300))
+
+
+def compare(fixture):
+  """{quantity: largest relative error over the six halves}.
+
+  States are compared after every loader batch (halves 1, 3 and 5), what a step
+  reports after every half. "allocation" counts samples at another exit.
+  Call it with x64 enabled.
+  """
+  c = json.loads(str(fixture["config"]))
+  num_classes = {"cifar10": 10, "cifar100": 100}[c["data"]]
+  config = config_of(c)
+  backbone = l2w.build_backbone(config.model, num_classes, (32, 32, 3))
+  state = initial_state(fixture, c, config, backbone)
+  step = l2w.make_train_step(backbone, config, steps_per_epoch=3)
+  errors = {}
+
+  def check(name, ours, theirs):
+    errors[name] = max(errors.get(name, 0.0), relative(ours, theirs))
+
+  param_names, mean_names, var_names, wpn_names = (
+      json.loads(str(fixture[key])) for key in (
+          "param_names", "bn_mean_names", "bn_var_names", "wpn_names"))
+
+  def torch_wpn(tree):
+    return flat(wpn_names, convert.export_released_wpn(tree))
+
+  for t, size in enumerate(c["batch"]):
+    state, metrics = step(state, {
+        "image": jnp.asarray(images(c["seed0"] + t, size, 32), jnp.float64),
+        "label": jnp.asarray(fixture[f"targets_{t}"])})
+    for h in range(2):
+      golden = {
+          key.rpartition("/")[2]: fixture[key] for key in fixture
+          if key.startswith(f"f64/h{2 * t + h}/")}
+      check("weights", metrics["weights"][h], golden["weight"])
+      check("losses", metrics["losses"][h], golden["ce"])
+      if fixture["meta_done"][2 * t + h]:
+        check("meta loss", metrics["meta_loss"][h], golden["meta_loss"])
+        check("meta-gradient", torch_wpn(jax.tree.map(
+            lambda x, h=h: x[h], metrics["wpn_gradient"])), golden["meta_grad"])
+        errors["allocation"] = errors.get("allocation", 0) + int(np.sum(
+            np.argmax(metrics["allocated"][h], 1) != golden["alloc_exit"]))
+      else:
+        assert not np.isfinite(metrics["meta_loss"][h])
+    variables = convert.export_released(
+        {"params": state.params, "batch_stats": state.batch_stats}, backbone)
+    momentum = convert.export_released(
+        {"params": state.opt_state[1].trace, "batch_stats": state.batch_stats},
+        backbone)
+    check("WPN", torch_wpn(state.wpn_params), golden["wpn"])
+    check("Adam m", torch_wpn(state.wpn_opt_state[1].mu), golden["adam_m"])
+    check("Adam v", torch_wpn(state.wpn_opt_state[1].nu), golden["adam_v"])
+    check("running mean", flat(mean_names, variables), golden["bn_mean"])
+    check("running var", flat(var_names, variables), golden["bn_var"])
+    for name, tensors, stored in (
+        ("backbone", variables, "param"), ("momentum", momentum, "mom")):
+      ours = summary(param_names, tensors)
+      theirs = golden[f"{stored}_summ"]
+      # A sum or dot product may nearly cancel: relative to the tensor's norm.
+      scale = np.maximum(theirs[:, 1:2], 1e-300)
+      errors[name] = max(errors.get(name, 0.0), float(
+          np.abs((ours - theirs) / scale).max()))
+      whole = {"backbone": "params", "momentum": "momentum"}[name]
+      if whole in golden:
+        check(name, flat(param_names, tensors), golden[whole])
+  return errors
