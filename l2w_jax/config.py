@@ -142,7 +142,9 @@ KEYS = {
         0, 0.999, "probability mass spread over classes in the training loss",
         0.0),
     "data": {
-        "source": _text("digits", "which images"),
+        "source": _text("digits", "which images: digits, npz:PATH"),
+        "calibration": _integer(
+            5000, 1, "images held out of train, unless the source does it"),
         "augment": _choice(
             "none", ("none", "shift", "shift_flip"),
             "random pad-and-crop by `pad`, and mirror"),

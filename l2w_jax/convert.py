@@ -285,16 +285,23 @@ def _torch():
 
 
 def write_workdir(
-    variables: Variables, config: ConfigDict, workdir: pathlib.Path) -> None:
-  """A run directory with these variables, for --mode=evaluate."""
-  from l2w_jax import checkpoint
-  checkpoint.write_variables(workdir, config, variables)
+    variables: Variables, config: ConfigDict, backbone: Backbone,
+    workdir: pathlib.Path) -> None:
+  """A run directory with these variables at step 0, for --mode=evaluate.
 
-
-def read_workdir(workdir: pathlib.Path) -> tuple[Variables, ConfigDict]:
-  """Variables of the latest checkpoint of a run directory, and its config."""
-  from l2w_jax import checkpoint
-  return checkpoint.read_variables(workdir)
+  Raises:
+    ValueError: the directory holds a run already.
+  """
+  from l2w_jax import checkpoint, train_state
+  if (workdir / "config.json").exists():
+    raise ValueError(f"workdir {workdir} holds a run already; name another")
+  state = train_state.init_state(
+      jax.random.key(config.seed), backbone, config).replace(**variables)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(0, state, {
+        "seconds": {"train": 0.0, "compile": 0.0}, "complete": True})
+  checkpoint.write_config(workdir, config)
 
 
 def build_backbone(config: ConfigDict) -> Backbone:
@@ -309,14 +316,19 @@ def build_backbone(config: ConfigDict) -> Backbone:
 def convert(
     released: pathlib.Path, config: ConfigDict, workdir: pathlib.Path) -> None:
   """Makes a run directory of a released checkpoint."""
-  variables = import_released(load_torch(released), build_backbone(config))
-  write_workdir(variables, config, workdir)
+  backbone = build_backbone(config)
+  variables = import_released(load_torch(released), backbone)
+  write_workdir(variables, config, backbone, workdir)
 
 
 def export(workdir: pathlib.Path, path: pathlib.Path) -> None:
   """Writes the weights of a run directory as a released state_dict."""
-  variables, config = read_workdir(workdir)
-  save_torch(path, export_released(variables, build_backbone(config)))
+  from l2w_jax import checkpoint, evaluate
+  config = checkpoint.read_config(workdir)
+  backbone = build_backbone(config)
+  state, _ = evaluate.restore(workdir, config, backbone)
+  save_torch(path, export_released(
+      {"params": state.params, "batch_stats": state.batch_stats}, backbone))
 
 
 FLAGS = flags.FLAGS

@@ -24,7 +24,7 @@ from l2w_jax import checkpoint, exit_policy, losses, models, parallel
 from l2w_jax.data import augment, sources
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.progress import Progress
-from l2w_jax.train_state import init_state
+from l2w_jax.train_state import TrainState, init_state
 
 QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
 SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
@@ -92,7 +92,7 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   num_devices = parallel.num_local_devices(config.num_devices)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
-  state, info = _restore(workdir, config, backbone)
+  state, info = restore(workdir, config, backbone)
   variables = parallel.replicate(
       {"params": state.params, "batch_stats": state.batch_stats}, num_devices)
   num_calibration = len(dataset.calibration.labels)
@@ -181,7 +181,14 @@ def _json_number(x) -> float | str:
   return x if math.isfinite(x) else str(x)
 
 
-def _restore(workdir, config, backbone):
+def restore(
+    workdir: pathlib.Path, config: ConfigDict, backbone: Backbone,
+) -> tuple[TrainState, dict[str, Any]]:
+  """(state, info) of the latest sound checkpoint of a run directory.
+
+  Raises:
+    ValueError: there is none.
+  """
   template = jax.eval_shape(
       lambda key: init_state(key, backbone, config), jax.random.key(0))
   with checkpoint.Checkpoints(workdir) as checkpoints:

@@ -122,7 +122,7 @@ CENTRED_AXES = {"exits": 1, "batch": 0, "all": None}
 
 
 def centred(u, center_over):
-  """u minus its mean over one axis of [B K]; its own transpose."""
+  """U minus its mean over one axis of [B K]; its own transpose."""
   return u - u.mean(axis=CENTRED_AXES[center_over], keepdims=True)
 
 

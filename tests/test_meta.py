@@ -14,7 +14,7 @@ def x64():
 
 
 def least_squares(x, y):
-  """theta [K d] -> losses ½ (theta_k·x_i - y_i)² [B K]."""
+  """Theta [K d] -> losses ½ (theta_k·x_i - y_i)² [B K]."""
   def losses_fn(theta):
     return 0.5 * jnp.square(x @ theta.T - y[:, None])
   return losses_fn

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
-import numpy as np
 
 from l2w_jax.data import augment
 from l2w_jax.data.sources import Dataset

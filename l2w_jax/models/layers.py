@@ -19,7 +19,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from l2w_jax.models import initializers
-
 from l2w_jax.models.conv import conv2d
 
 BN_EPS = 1e-5
