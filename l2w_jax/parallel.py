@@ -39,10 +39,13 @@ class Collectives(NamedTuple):
   own_halves: Callable[[Array], Array] = _identity
 
 
+ONE_DEVICE = Collectives()
+
+
 def collectives(num_devices: int) -> Collectives:
   """Collectives over `num_devices` under pmap; identities for one device."""
   if num_devices == 1:
-    return Collectives()
+    return ONE_DEVICE
 
   def own(x: Array) -> Array:
     size = x.shape[0] // num_devices

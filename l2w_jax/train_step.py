@@ -24,7 +24,7 @@ from l2w_jax import allocation, meta, weighting
 from l2w_jax import losses as losses_lib
 from l2w_jax.models import wpn
 from l2w_jax.models.backbone import Backbone
-from l2w_jax.parallel import Collectives
+from l2w_jax.parallel import ONE_DEVICE, Collectives
 from l2w_jax.train_state import TrainState, adam, apply_updates, sgd
 
 Batch = dict[str, jax.Array]
@@ -56,7 +56,7 @@ def make_train_step(
 
 def step_body(
     backbone: Backbone, config: ConfigDict, *, steps_per_epoch: int,
-    devices: Collectives = Collectives(),
+    devices: Collectives = ONE_DEVICE,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """What one device does in a step; to be jitted, or mapped with `devices`."""
   half_steps = {"l2w": _l2w_half_step, "uniform": _uniform_half_step}

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from l2w_jax.data import augment
 from l2w_jax.data.sources import Dataset
-from l2w_jax.parallel import Collectives
+from l2w_jax.parallel import ONE_DEVICE, Collectives
 
 Batch = dict[str, Array]
 
@@ -44,7 +44,7 @@ def arrays(dataset: Dataset) -> Batch:
 
 
 def make_batch_fn(
-    config: ConfigDict, key: Array, devices: Collectives = Collectives(),
+    config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE,
 ) -> Callable[[Batch, Int[Array, ""]], Batch]:
   """(arrays, step) -> this device's share of the batch of that step.
 
