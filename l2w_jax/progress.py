@@ -9,11 +9,12 @@ it.
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 BAR_INTERVAL = 0.2  # seconds between redraws of the bar
 # Without a percentage, so that rate, time left and two losses fit 80 columns.
@@ -56,7 +57,7 @@ class Progress:
 
   def __init__(self, total: int, unit: str = "step", label: str = "train",
                interval: float = 10.0, start: int = 0,
-               stream: TextIO | None = None,
+               stream: io.TextIOBase | None = None,
                clock: Callable[[], float] = time.monotonic):
     self._total, self._unit, self._label = total, unit, label
     self._clock = clock

@@ -360,7 +360,7 @@ def draw_training(metrics: dict[str, list[dict]], num_exits: int):
   return figure
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _table(head: list[str], rows: list[list[Any]]) -> str:
   lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
   lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row)
             for row in rows]

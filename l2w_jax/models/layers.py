@@ -24,7 +24,8 @@ from l2w_jax.models.conv import conv2d
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1  # weight of the new batch; Flax would call this 0.9
 
-Image = Float[Array, "B H W C"]
+# Height, width and channels; unnamed, because layers change them.
+Image = Float[Array, "B _ _ _"]
 
 
 class Mode(NamedTuple):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -266,7 +267,7 @@ class RANet(nn.Module):
 
 
 def _run_fused(
-    flow: list[Block], x: Image, low: list[Features], mode: Mode,
+    flow: Sequence[Block], x: Image, low: Sequence[Features], mode: Mode,
 ) -> tuple[Image, list[Features]]:
   """The blocks that flow has in common with the one before, of features low."""
   own = []

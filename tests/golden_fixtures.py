@@ -1,8 +1,8 @@
-"""The six half steps of a step_*.npz fixture, run and compared in float64.
+"""Golden fixtures of the released code: rebuild their inputs, compare results.
 
-Used by the tests on the fixtures in tests/golden and by
-experiments/check_golden.py on a folder of them. golden/README.md of the fixtures
-says how weights and images follow from names and seeds.
+Weights and images are not stored; they follow from names and seeds (`value`,
+`images`). The tests compare the fixtures in tests/golden, and
+experiments/check_golden.py those in a folder. All comparisons need x64.
 """
 import json
 import zlib
@@ -13,7 +13,7 @@ import numpy as np
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
-from l2w_jax import convert
+from l2w_jax import convert, losses
 
 CENTER_OVER = {"col": "exits", "row": "batch", "mat": "all"}
 INPUTS = {"loss": "loss", "conf": "confidence", "both": "both"}
@@ -42,6 +42,87 @@ def images(seed, batch, size):
   """[B H W 3] float32, from the rule's [B 3 H W]."""
   x = np.random.RandomState(1234 + seed).standard_normal((batch, 3, size, size))
   return x.astype(np.float32).transpose(0, 2, 3, 1)
+
+
+def model_of(c):
+  """(our model config, number of classes) of a forward fixture's."""
+  def numbers(text):
+    return tuple(map(int, text.split("-")))
+
+  config = config_lib.defaults(c["arch"]).model
+  imagenet = c["data"].lower() == "imagenet"
+  config.update(
+      stem="imagenet" if imagenet else "cifar",
+      classifier_width=0 if imagenet else 128,
+      channels=c["nChannels"], growth=c["growthRate"],
+      growth_factors=numbers(c["grFactor"]),
+      bottleneck_factors=numbers(c["bnFactor"]), reduction=c["reduction"],
+      step=c["step"], step_mode=c["stepmode"])
+  if c["arch"] == "msdnet":
+    config.update(num_exits=c["nBlocks"], base=c["base"], prune=c["prune"],
+                  bottleneck=c["bottleneck"])
+  else:
+    config.update(
+        blocks=c["nBlocks"], block_step=c["block_step"],
+        scales=numbers(c["scale_list"]), compress=c["compress_factor"])
+  return config, {"cifar10": 10, "cifar100": 100, "imagenet": 1000}[
+      c["data"].lower()]
+
+
+def backbone_of(c):
+  """The backbone of a forward fixture."""
+  config, num_classes = model_of(c)
+  return l2w.build_backbone(config, num_classes, (c["image"], c["image"], 3))
+
+
+def compare_cost(fixture):
+  """Whether cost, parameters and state_dict names and order are the same."""
+  c = json.loads(str(fixture["config"]))
+  backbone = backbone_of(c)
+  np.testing.assert_array_equal(backbone.macs, fixture["flops"])
+  np.testing.assert_array_equal(backbone.params_to_exit, fixture["params_cum"])
+  variables = jax.eval_shape(backbone.init, jax.random.key(0))
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
+  exported = convert.export_released(zeros, backbone)
+  assert [[name, list(x.shape)] for name, x in exported.items()] == json.loads(
+      str(fixture["state_names_shapes"]))
+
+
+def compare_forward(fixture):
+  """{quantity: largest relative error} of logits and running statistics."""
+  c = json.loads(str(fixture["config"]))
+  backbone = backbone_of(c)
+  released = {name: value(name, tuple(shape), c["suffix"]) for name, shape in
+              json.loads(str(fixture["state_names_shapes"]))}
+  variables = double(convert.import_released(released, backbone))
+  x = jnp.asarray(images(c["seed"], c["batch"], c["image"]), jnp.float64)
+  np.testing.assert_allclose(x.sum(), fixture["input_sum"], rtol=1e-12)
+  evaluate = jax.jit(backbone.apply)
+  train = jax.jit(lambda variables, x: backbone.apply(variables, x, train=True))
+  logits, stats = train(variables, x)
+  errors = {
+      "eval": relative(np.moveaxis(evaluate(variables, x), 1, 0),
+                       fixture["eval_logits_f64"]),
+      "train": relative(np.moveaxis(logits, 1, 0),
+                        fixture["train_logits_f64"])}
+  after = convert.export_released(
+      {"params": variables["params"], "batch_stats": stats}, backbone)
+  norm = {"mean": np.mean, "l2": np.linalg.norm}
+  for stored, of, which in (
+      ("mean_mean", "running_mean", "mean"), ("mean_l2", "running_mean", "l2"),
+      ("var_mean", "running_var", "mean"), ("var_l2", "running_var", "l2")):
+    ours = [norm[which](after[f"{name}.{of}"])
+            for name in json.loads(str(fixture["bn_names"]))]
+    errors["running statistics"] = max(
+        errors.get("running statistics", 0.0),
+        relative(ours, fixture[f"bn_after_{stored}_f64"]))
+  single = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
+  x = x.astype(jnp.float32)
+  errors["eval, float32"] = relative(
+      np.moveaxis(evaluate(single, x), 1, 0), fixture["eval_logits_f32"])
+  errors["train, float32"] = relative(
+      np.moveaxis(train(single, x)[0], 1, 0), fixture["train_logits_f32"])
+  return errors
 
 
 def config_of(c):
@@ -110,12 +191,11 @@ def relative(ours, theirs):
   return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-300))
 
 
-def compare(fixture):
+def compare_step(fixture):
   """{quantity: largest relative error over the six halves}.
 
   States are compared after every loader batch (halves 1, 3 and 5), what a step
   reports after every half. "allocation" counts samples at another exit.
-  Call it with x64 enabled.
   """
   c = json.loads(str(fixture["config"]))
   num_classes = {"cifar10": 10, "cifar100": 100}[c["data"]]
@@ -174,4 +254,59 @@ def compare(fixture):
       whole = {"backbone": "params", "momentum": "momentum"}[name]
       if whole in golden:
         check(name, flat(param_names, tensors), golden[whole])
+  return errors
+
+
+def compare_allocation(fixture):
+  """Samples at another exit, up to twins, and the error of the meta loss.
+
+  Two samples with the same logits are twins: the released sort is not stable,
+  so which of them an exit takes first follows no rule. Ours takes the first.
+  """
+  errors = {"samples at another exit": 0, "meta loss": 0.0}
+  for i in range(len(json.loads(str(fixture["cases"])))):
+    logits, labels, shares, exits, loss = (
+        fixture[f"c{i}/{name}"] for name in (
+            "logits", "targets", "target_probs", "exit_of_sample",
+            "meta_loss_f64"))
+    logits = jnp.moveaxis(jnp.asarray(logits), 0, 1)
+    allocated = l2w.allocation.allocate(losses.confidence(logits), shares)
+    _, groups = np.unique(
+        np.asarray(logits).reshape(len(labels), -1), axis=0,
+        return_inverse=True)
+    ours = sorted(zip(groups.ravel(), np.argmax(allocated, 1), strict=True))
+    theirs = sorted(zip(groups.ravel(), exits, strict=True))
+    errors["samples at another exit"] += sum(
+        a != b for a, b in zip(ours, theirs, strict=True))
+    cross_entropy = losses.cross_entropy(
+        logits.astype(jnp.float64), jnp.asarray(labels))
+    released = exits[:, None] == np.arange(len(shares))
+    errors["meta loss"] = max(errors["meta loss"], relative(
+        l2w.allocation.meta_loss(cross_entropy, released), loss))
+  return errors
+
+
+def compare_thresholds(fixture):
+  """Thresholds and exit counts that differ, error of accuracy and mean cost."""
+  errors = {"thresholds that differ": 0, "exit counts that differ": 0,
+            "accuracy": 0.0, "mean cost": 0.0}
+  scores = {}
+  for split in ("val", "test"):
+    softmax = fixture[split] * np.float32(fixture["scale"])
+    scores[split] = (softmax.max(-1).T, (
+        softmax.argmax(-1) == fixture[f"{split}_targets"]).T)
+  found = l2w.exit_policy.find_thresholds(
+      scores["val"][0], fixture["target_probs"])
+  ours = np.where(np.isinf(found), 1e8 * np.sign(found), found)
+  errors["thresholds that differ"] = int((ours != fixture["T"]).sum())
+  for split, (confidence, correct) in scores.items():
+    result = l2w.exit_policy.budgeted(
+        confidence, correct, fixture["flops"], found)
+    counts = np.rint(np.asarray(result.exits) * len(correct))
+    errors["exit counts that differ"] += int(
+        (counts != fixture[f"exit_counts_{split}"]).sum())
+    for name, theirs in (("accuracy", fixture[f"acc_{split}"] / 100),
+                         ("mean cost", fixture[f"exp_flops_{split}_exact"])):
+      ours = {"accuracy": result.accuracy, "mean cost": result.macs}[name]
+      errors[name] = max(errors[name], relative(ours, theirs))
   return errors
