@@ -58,6 +58,9 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
   except json.JSONDecodeError as error:
     raise ValueError(f"{path} is not valid JSON ({error}); restore it or "
                      "train into another workdir") from error
+  if not isinstance(values, dict):
+    raise ValueError(f"{path} holds no keys; restore it or train into another "
+                     "workdir")
   return config_lib.validate(config_lib.from_dict(values))
 
 
@@ -148,4 +151,9 @@ class Checkpoints:
     for path, digest in digests(restored.state).items():
       if digest != expected[path]:
         raise ValueError(f"{path} does not match its digest")
+    # Orbax returns what it finds, whatever shape was asked for.
+    for found, wanted in zip(jax.tree.leaves(restored.state),
+                             jax.tree.leaves(abstract), strict=True):
+      if found.shape != wanted.shape:
+        raise ValueError(f"an array is {found.shape}, not {wanted.shape}")
     return restored.state, info

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from l2w_jax import weighting
-
 
 class Key(NamedTuple):
   """One hyperparameter.
@@ -163,9 +161,10 @@ KEYS = {
             0, math.inf, "exit k gets p_k ∝ q^k; reference: target_p_index/20",
             0.75, open_low=True),
         "center_over": _choice(
-            "exits", weighting.CENTER_OVER,
+            "exits", ("exits", "batch", "all"),
             "weights average to 1 over it; reference: col, row, mat"),
-        "inputs": _choice("loss", weighting.INPUTS, "what the WPN looks at"),
+        "inputs": _choice(
+            "loss", ("loss", "confidence", "both"), "what the WPN looks at"),
         "interval": _integer(
             1, 1, "loader batches between WPN updates, counted in an epoch"),
         "hidden": _integer(500, 1, "units in a hidden layer of the WPN"),

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 AXIS = "devices"
+Rows = Array | np.ndarray
 
 
 def _identity(x):
@@ -99,14 +101,14 @@ def first(tree: PyTree, num_devices: int) -> PyTree:
   return tree if num_devices == 1 else jax.tree.map(lambda x: x[0], tree)
 
 
-def split_rows(x: Array, num_devices: int) -> Array:
+def split_rows(x: Rows, num_devices: int) -> Rows:
   """[D·B …] -> [D B …] for a mapped function; unchanged for one device."""
   if num_devices == 1:
     return x
   return x.reshape(num_devices, -1, *x.shape[1:])
 
 
-def merge_rows(x: Array, num_devices: int) -> Array:
+def merge_rows(x: Rows, num_devices: int) -> Rows:
   """[D B …] -> [D·B …], undoing `split_rows`."""
   return x if num_devices == 1 else x.reshape(-1, *x.shape[2:])
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import weighting
@@ -18,14 +18,15 @@ class TrainState:
   """Everything a step reads and writes; `state.replace(...)` sets a field.
 
   Attributes:
-    step: loader batches done so far.
+    step: loader batches done so far, an int32 scalar. No field has a shape in
+      its type, because a mapped state has a device axis in front.
     params: backbone Θ.
     batch_stats: BatchNorm running statistics, never differentiated.
     opt_state: of the backbone's SGD (the momentum buffer).
     wpn_params: WPN Φ; empty for methods without one.
     wpn_opt_state: of the WPN's Adam.
   """
-  step: Int[Array, ""]
+  step: PyTree
   params: PyTree
   batch_stats: PyTree
   opt_state: PyTree

@@ -16,9 +16,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-CENTER_OVER = ("exits", "batch", "all")  # reference: col, row, mat
-INPUTS = ("loss", "confidence", "both")
-
 
 def num_features(inputs: str, num_exits: int) -> int:
   """Width of the WPN input: K for one kind of input, 2K for both."""

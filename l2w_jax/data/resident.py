@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
@@ -19,7 +20,7 @@ from l2w_jax.data import augment
 from l2w_jax.data.sources import Dataset
 from l2w_jax.parallel import ONE_DEVICE, Collectives
 
-Batch = dict[str, Array]
+Batch = dict[str, ArrayLike]
 
 
 def steps_per_epoch(num_train: int, batch: int) -> int:

@@ -1,0 +1,223 @@
+"""Checkpoints: round trips, donated memory, and damage that is stepped over."""
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import l2w_jax
+from l2w_jax import checkpoint
+
+INFO = {"seconds": {"train": 1.5}, "complete": False}
+
+
+def make_state(seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+      "step": jnp.asarray(seed, jnp.int32),
+      # Large and random, so that most of the bytes on disk are its values.
+      "kernel": jnp.asarray(rng.normal(size=(300, 200)), jnp.float32),
+      "half": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
+      "flags": jnp.asarray([True, False]),
+      "empty": {}, "chain": ((), jnp.asarray(2.5))}
+
+
+def template(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+
+def assert_same(ours, other):
+  assert jax.tree.structure(ours) == jax.tree.structure(other)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(other), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture
+def three_steps(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, make_state(step), INFO | {"step": step})
+  return tmp_path
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+  """What we tell the user; Orbax has warnings of its own."""
+  told = []
+
+  def warning(message, *values):
+    if message.startswith("checkpoint "):
+      told.append(message % values)
+
+  monkeypatch.setattr(checkpoint.logging, "warning", warning)
+  return told
+
+
+def restore(workdir):
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    return checkpoints.restore(template(make_state()))
+
+
+def test_every_leaf_and_dtype_survives(three_steps, warnings):
+  state, info = restore(three_steps)
+  assert_same(state, make_state(3))
+  assert info == INFO | {"step": 3}
+  assert not warnings
+
+
+def test_a_train_state_survives(tmp_path, tiny_config):
+  backbone = l2w_jax.build_backbone(tiny_config.model, 10, (8, 8, 1))
+  state = l2w_jax.init_state(jax.random.key(0), backbone, tiny_config)
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(7, state, INFO)
+    restored, _ = checkpoints.restore(template(state))
+  assert_same(restored, state)
+
+
+def test_nothing_saved_is_none(tmp_path):
+  assert restore(tmp_path) is None
+  assert not list(tmp_path.iterdir())  # reading leaves no trace
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.restore(template(make_state())) is None
+
+
+def test_only_the_latest_are_kept(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, make_state(step), INFO)
+  names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+  assert names == {"2", "3"}
+
+
+def test_saved_is_what_the_state_was_though_its_memory_is_donated(tmp_path):
+  overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+  state = make_state()
+  expected = jax.tree.map(np.array, state)
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, state, INFO)
+    for name in ("kernel", "half"):
+      state[name] = overwrite(state[name])
+  assert_same(restore(tmp_path)[0], expected)
+
+
+def flip_a_bit(workdir: pathlib.Path, step: int):
+  """Flips a bit in the middle of the largest file of a step: array values."""
+  files = [path for path in (workdir / f"checkpoints/{step}/state").rglob("*")
+           if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  assert len(data) > 100_000
+  data[len(data) // 2] ^= 0b100
+  largest.write_bytes(data)
+
+
+def test_a_flipped_bit_is_seen_and_the_step_before_is_used(
+    three_steps, warnings):
+  flip_a_bit(three_steps, 3)
+  state, info = restore(three_steps)
+  assert_same(state, make_state(2))
+  assert info["step"] == 2
+  (told,) = warnings
+  assert told.startswith("checkpoint 3 in ") and "cannot be used" in told
+
+
+def test_without_digests_the_flipped_bit_would_be_read_as_a_number(
+    three_steps, monkeypatch):
+  flip_a_bit(three_steps, 3)
+  monkeypatch.setattr(checkpoint, "digests", lambda state: {})
+  state, _ = restore(three_steps)
+  different = np.sum(np.asarray(state["kernel"]) != make_state(3)["kernel"])
+  assert different >= 1
+
+
+def empty_directory(step: pathlib.Path):
+  shutil.rmtree(step)
+  step.mkdir()
+
+
+def lost_info(step: pathlib.Path):
+  shutil.rmtree(step / "info")
+
+
+def cut_metadata(step: pathlib.Path):
+  path = step / "state/_METADATA"
+  path.write_bytes(path.read_bytes()[:20])
+
+
+@pytest.mark.parametrize("damage", [empty_directory, lost_info, cut_metadata])
+def test_other_damage_is_stepped_over_too(three_steps, warnings, damage):
+  damage(three_steps / "checkpoints/3")
+  assert_same(restore(three_steps)[0], make_state(2))
+  assert len(warnings) == 1
+
+
+def test_none_usable_is_one_clear_error(three_steps, warnings):
+  for step in (1, 2, 3):
+    empty_directory(three_steps / f"checkpoints/{step}")
+  with pytest.raises(ValueError, match=r"tried 3, 2, 1.*another workdir"):
+    restore(three_steps)
+  assert len(warnings) == 3
+
+
+def test_another_model_is_one_clear_error(three_steps, warnings):
+  other = template(make_state() | {"kernel": jnp.zeros((2, 2))})
+  with (checkpoint.Checkpoints(three_steps) as checkpoints,
+        pytest.raises(ValueError, match="may belong to another model")):
+    checkpoints.restore(other)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_resumed_run_replaces_the_damaged_steps_after_it(
+    three_steps, warnings, step):
+  """Orbax by itself saves nothing at or before its latest step."""
+  for damaged in range(2, 4):
+    empty_directory(three_steps / f"checkpoints/{damaged}")
+  with checkpoint.Checkpoints(three_steps, keep=2) as checkpoints:
+    assert_same(checkpoints.restore(template(make_state()))[0], make_state(1))
+    checkpoints.save(step, make_state(10 + step), INFO)
+  warnings.clear()
+  assert_same(restore(three_steps)[0], make_state(10 + step))
+  assert not warnings
+
+
+def test_config_json_is_the_config(tmp_path, tiny_config):
+  checkpoint.write_config(tmp_path, tiny_config)
+  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+  again = checkpoint.read_config(tmp_path)
+  assert again == tiny_config and again.is_locked
+  checkpoint.check_same_run(tmp_path, tiny_config)
+
+
+def test_broken_config_json_is_one_clear_error(tmp_path, tiny_config):
+  path = tmp_path / "config.json"
+  path.write_text('{"seed": ')
+  with pytest.raises(ValueError, match="config.json is not valid JSON"):
+    checkpoint.read_config(tmp_path)
+  values = tiny_config.to_dict()
+  del values["seed"]
+  path.write_text(json.dumps(values))
+  with pytest.raises(ValueError, match="config.seed is missing"):
+    checkpoint.read_config(tmp_path)
+  path.write_text("[]")
+  with pytest.raises(ValueError, match="config.json"):
+    checkpoint.read_config(tmp_path)
+
+
+def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = tmp_path / "x.txt"
+  checkpoint.write_atomically(path, "old")
+
+  def fail(*unused):
+    raise OSError("no space left")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+      checkpoint.write_atomically(path, "new")
+  assert path.read_text() == "old"
+  checkpoint.write_atomically(path, "new")
+  assert path.read_text() == "new"

@@ -1,0 +1,180 @@
+"""Every config file loads; every wrong key or value is one clear error."""
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+import l2w_jax
+from l2w_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = str(ROOT / "configs/digits.py")
+CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load(**overrides):
+  return config_lib.load_config(
+      DIGITS, {key.replace("__", "."): x for key, x in overrides.items()})
+
+
+def image_shape(config):
+  if config.data.source == "digits":
+    return (8, 8, 1)
+  return (224, 224, 3) if config.model.stem == "imagenet" else (32, 32, 3)
+
+
+@pytest.mark.parametrize("method", ["", ":l2w", ":uniform"])
+@pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: file.stem)
+def test_every_config_loads_is_locked_and_builds(file, method):
+  config = l2w_jax.load_config(f"{file}{method}")
+  assert config.method == (method[1:] or "l2w")
+  assert config.is_locked and config.model.is_locked
+  assert config_lib.validate(config) is config
+  l2w_jax.build_backbone(config.model, 10, image_shape(config))
+
+
+def test_there_is_a_config_for_every_published_data_set():
+  names = {file.stem for file in CONFIG_FILES}
+  assert names >= {"digits", "cifar10_msdnet", "cifar100_msdnet",
+                   "imagenet_msdnet"}
+
+
+@pytest.mark.parametrize("model", config_lib.MODEL_KEYS)
+def test_defaults_are_valid(model):
+  config_lib.validate(config_lib.defaults(model))
+
+
+def test_a_config_survives_json():
+  config = load()
+  again = config_lib.from_dict(config.to_dict())
+  assert config_lib.differences(config, again) == []
+  changed = load(meta__q=0.5, log__every=7)
+  assert config_lib.differences(changed, config, ("log",)) == [
+      "meta.q is 0.5 here and 0.75 there"]
+
+
+def test_overrides():
+  config = load(model__num_exits=7, meta__epsilon=0.5, data__augment="none")
+  assert config.model.num_exits == 7
+  assert config.meta.epsilon == 0.5
+  assert config.data.augment == "none"
+
+
+@pytest.mark.parametrize("key, value", [
+    ("optimizer.learning_rate", 1), ("meta.epsilon", 0), ("meta.epsilon", 1),
+    ("meta.q", 2), ("model.growth_factors", [1, 2, 4]),
+    ("model.growth_factors", (1, 2, 4)), ("label_smoothing", 0),
+    ("meta.interval", 100), ("num_devices", 0)])
+def test_ints_for_floats_and_lists_for_tuples_are_accepted(key, value):
+  config = config_lib.load_config(DIGITS, {key: value})
+  parent, _, name = key.rpartition(".")
+  found = (config[parent] if parent else config)[name]
+  assert found == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("meta.q", 0, "above 0, got 0"),
+    ("meta.q", -1.5, "above 0, got -1.5"),
+    ("meta.q", float("inf"), "got inf"),
+    ("meta.q", float("nan"), "got nan"),
+    ("meta.epsilon", -0.1, "at least 0 and at most 1, got -0.1"),
+    ("meta.epsilon", 1.1, "at most 1, got 1.1"),
+    ("meta.center_over", "col", "one of 'exits', 'batch', 'all', got 'col'"),
+    ("meta.inputs", "conf", "one of 'loss', 'confidence', 'both', got 'conf'"),
+    ("method", "sgd", "one of 'l2w', 'uniform', got 'sgd'"),
+    ("model.name", "resnet", "unknown model 'resnet'.*'msdnet'"),
+    ("model.stem", "mnist", "one of 'cifar', 'imagenet'"),
+    ("model.growth_factors", (), "a tuple of whole numbers"),
+    ("model.growth_factors", (1, 0), "a tuple of whole numbers"),
+    ("model.growth_factors", (1, True), "a tuple of whole numbers"),
+    ("model.growth_factors", 4, "of the type of"),
+    ("model.num_exits", 0, "at least 1, got 0"),
+    ("model.reduction", 1.5, "at most 1"),
+    ("epochs", 0, "at least 1, got 0"),
+    ("epochs", 2.5, "of the type of 60, got 2.5"),
+    ("epochs", "3", "of the type of 60, got '3'"),
+    ("epochs", None, "a whole number at least 1, got None"),
+    ("epochs", True, "of the type of 60, got True"),
+    ("meta.epsilon", True, "of the type of 0.8, got True"),
+    ("meta.epsilon", "all", "of the type of 0.8, got 'all'"),
+    ("model.bottleneck", 1, "of the type of True, got 1"),
+    ("batch", 1, "at least 2"),
+    ("seed", -1, "at least 0"),
+    ("label_smoothing", 1, "at most 0.999"),
+    ("optimizer.learning_rate", 0, "above 0"),
+    ("optimizer.momentum", 1, "at most 0.9999"),
+    ("optimizer.weight_decay", -1e-4, "at least 0"),
+    ("meta.interval", 0, "at least 1"),
+    ("evaluate.calibration", "test", "one of 'held_out', 'released'"),
+    ("data.source", "", "a non-empty string"),
+    ("log.seconds", 0, "above 0"),
+    ("checkpoint.keep", 0, "at least 1"),
+    ("num_devices", -1, "at least 0"),
+])
+def test_a_value_out_of_range_is_named(key, value, says):
+  with pytest.raises(ValueError, match=says) as error:
+    config_lib.load_config(DIGITS, {key: value})
+  assert f"config.{key}" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key, says", [
+    ("epoch", "config.epoch does not exist; did you mean config.epochs?"),
+    ("model.num_exit", "did you mean config.model.num_exits?"),
+    ("meta.zzz", "config.meta.zzz does not exist; keys of config.meta: center"),
+    ("metta.q", "config.metta does not exist; did you mean config.meta?"),
+])
+def test_an_unknown_key_brings_the_closest_and_all_others(key, says):
+  for check in (lambda: config_lib.load_config(DIGITS, {key: 3}),
+                lambda: config_lib.check_key(key)):
+    with pytest.raises(ValueError) as error:
+      check()
+    assert says in str(error.value)
+    assert "; " in str(error.value) and "keys of config" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_below_a_value_does_not_exist():
+  for check in (lambda: load(epochs__x=3),
+                lambda: config_lib.check_key("epochs.x")):
+    with pytest.raises(ValueError, match="config.epochs.* does not exist"):
+      check()
+
+
+def test_check_key_knows_the_keys_of_every_model():
+  for model, keys in config_lib.MODEL_KEYS.items():
+    for name in ("name", *keys):
+      config_lib.check_key(f"model.{name}")
+    assert set(keys) | {"name"} == set(config_lib.defaults(model).model)
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("model", {}, "config.model.name is missing"),
+    ("model", {"name": "msdnet"}, "config.model.num_exits is missing"),
+    ("meta", {}, "config.meta.epsilon is missing"),
+    ("meta", 3, "config.meta must be of the type of"),
+])
+def test_an_emptied_subtree_is_one_clear_error(key, value, says):
+  with pytest.raises(ValueError, match=says):
+    config_lib.load_config(DIGITS, {key: value})
+
+
+def test_validate_does_not_trust_where_a_config_comes_from():
+  values = load().to_dict()
+  values["optimiser"] = values.pop("optimizer")
+  with pytest.raises(ValueError, match="did you mean config.optimizer?"):
+    config_lib.validate(config_lib.from_dict(values))
+  with pytest.raises(ValueError, match="config.seed is missing"):
+    config_lib.validate(ConfigDict({"model": load().model}))
+  values = load().to_dict() | {"model": None}
+  with pytest.raises(ValueError, match="config.model must hold the keys"):
+    config_lib.validate(ConfigDict(values))
+
+
+def test_a_missing_file_and_an_unknown_argument(tmp_path):
+  with pytest.raises(ValueError, match="no config file .*nope.py"):
+    config_lib.load_config(str(tmp_path / "nope.py"))
+  with pytest.raises(ValueError, match="config.method must be one of"):
+    config_lib.load_config(f"{DIGITS}:lw2")
+  with pytest.raises(ValueError, match="unknown model 'resnet'"):
+    config_lib.defaults("resnet")

@@ -1,0 +1,134 @@
+"""The embedded digits, the batches of an epoch, and augmentation."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2w_jax import config as config_lib
+from l2w_jax.data import augment, resident, sources
+
+
+@pytest.fixture(scope="module")
+def digits():
+  return sources.load(config_lib.defaults().data)
+
+
+def test_digits_splits_are_disjoint_balanced_and_whole(digits):
+  splits = [digits.train, digits.calibration, digits.test]
+  assert [len(split.labels) for split in splits] == [1077, 360, 360]
+  for split in splits:
+    assert split.images.shape == (len(split.labels), 8, 8, 1)
+    assert split.images.dtype == np.uint8
+    assert split.labels.dtype == np.int32
+    counts = np.bincount(split.labels, minlength=10)
+    # The source has 174 to 183 images of a digit.
+    assert counts.min() >= 0.95 * len(split.labels) / 10
+    assert counts.max() <= 1.05 * len(split.labels) / 10
+  images = [image.tobytes() for split in splits for image in split.images]
+  assert len(set(images)) == len(images) == 1797
+  assert digits.image_shape == (8, 8, 1) and digits.num_classes == 10
+  assert digits.class_names == tuple("0123456789")
+
+
+def test_statistics_are_those_of_the_train_pixels(digits):
+  pixels = digits.train.images.astype(np.float64)
+  np.testing.assert_allclose(digits.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
+  np.testing.assert_allclose(digits.std, pixels.std((0, 1, 2)), rtol=1e-12)
+
+
+# Image i has the pixel value and the label i, so a batch says what is in it.
+def counting_data(num_train):
+  index = np.arange(num_train)
+  return {"image": np.broadcast_to(
+      index.astype(np.uint8)[:, None, None, None], (num_train, 4, 4, 1)),
+      "label": index.astype(np.int32),
+      "mean": np.zeros(1, np.float32), "std": np.ones(1, np.float32)}
+
+
+def make_batch_fn(batch, seed=0, augment="none"):
+  config = config_lib.defaults()
+  config.batch = batch
+  config.data.augment = augment
+  config.data.pad = 1
+  return jax.jit(resident.make_batch_fn(config, jax.random.key(seed)))
+
+
+@pytest.mark.parametrize("num_train, batch", [(50, 12), (48, 12), (12, 12)])
+def test_an_epoch_shows_no_image_twice(num_train, batch):
+  data, batch_fn = counting_data(num_train), make_batch_fn(batch)
+  steps = resident.steps_per_epoch(num_train, batch)
+  assert steps == num_train // batch
+  epochs = []
+  for epoch in range(2):
+    batches = [batch_fn(data, epoch * steps + t) for t in range(steps)]
+    for b in batches:
+      assert b["image"].shape == (batch, 4, 4, 1)
+      np.testing.assert_array_equal(b["image"][:, 0, 0, 0], b["label"])
+    labels = np.concatenate([b["label"] for b in batches])
+    assert len(set(labels.tolist())) == steps * batch
+    epochs.append(labels)
+  assert not np.array_equal(*epochs)
+
+
+def test_a_batch_depends_on_the_key_and_the_step_alone():
+  data = counting_data(50)
+  first, again = (make_batch_fn(12, augment="shift_flip") for _ in range(2))
+  other_key = make_batch_fn(12, seed=1, augment="shift_flip")
+  forward = [first(data, t) for t in (0, 1, 5)]
+  backward = [again(data, t) for t in (5, 1, 0)][::-1]
+  jax.tree.map(np.testing.assert_array_equal, forward, backward)
+  assert not np.array_equal(forward[0]["label"], forward[1]["label"])
+  assert not np.array_equal(
+      forward[0]["label"], other_key(data, 0)["label"])
+
+
+def test_augmentation_differs_between_epochs_and_images(digits):
+  config = config_lib.defaults()
+  config.data.augment = "shift"
+  config.data.pad = 1
+  config.batch = 4
+  # Four copies of one image: an epoch is a step, and only the shifts differ.
+  data = resident.arrays(digits) | {
+      "image": digits.train.images[[0] * 4], "label": digits.train.labels[:4]}
+  batch_fn = jax.jit(resident.make_batch_fn(config, jax.random.key(0)))
+  images = np.concatenate([batch_fn(data, t)["image"] for t in range(8)])
+  distinct = {image.tobytes() for image in images}
+  assert 5 <= len(distinct) <= 9  # nine shifts by up to one pixel
+  batches = {np.sort(images[i:i + 4], axis=0).tobytes()
+             for i in range(0, 32, 4)}
+  assert len(batches) > 1
+
+
+def test_a_train_split_smaller_than_a_batch_is_refused():
+  with pytest.raises(ValueError, match="11 images.*batch of 12.*10 or less"):
+    resident.steps_per_epoch(11, 12)
+
+
+def test_shift_crops_from_a_black_border():
+  rng = np.random.default_rng(0)
+  images = rng.integers(1, 256, (9, 5, 6, 3), np.uint8)
+  offsets = np.array([[y, x] for y in (0, 2, 4) for x in (0, 1, 4)])
+  ours = augment.shift(jnp.asarray(images), jnp.asarray(offsets), 2)
+  for image, (top, left), out in zip(images, offsets, ours, strict=True):
+    for y in range(5):
+      for x in range(6):
+        row, column = y + top - 2, x + left - 2
+        inside = 0 <= row < 5 and 0 <= column < 6
+        np.testing.assert_array_equal(
+            out[y, x], image[row, column] if inside else 0)
+
+
+def test_flip_mirrors_left_and_right_where_asked():
+  images = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3, 1)
+  out = augment.flip(jnp.asarray(images), jnp.asarray([True, False]))
+  np.testing.assert_array_equal(
+      out[0, :, :, 0], [[2, 1, 0], [5, 4, 3]])
+  np.testing.assert_array_equal(out[1], images[1])
+
+
+def test_normalize_per_channel():
+  images = np.array([[[[0, 100]], [[16, 200]]]], np.uint8)
+  out = augment.normalize(
+      jnp.asarray(images), jnp.asarray([4.0, 150.0]), jnp.asarray([2.0, 25.0]))
+  np.testing.assert_array_equal(out[0, :, 0], [[-2, -2], [6, 2]])
+  assert out.dtype == jnp.float32

@@ -1,0 +1,90 @@
+"""What importing the package costs and pulls in, and that imports point down."""
+import ast
+import pathlib
+import subprocess
+import sys
+import time
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "l2w_jax"
+HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "matplotlib", "torch",
+         "tensorboardX", "cv2")
+SECONDS = 3
+# From the bottom up; those on one line do not import each other.
+ORDER = """
+    config parallel losses weighting allocation meta progress
+    exit_policy
+    models
+    train_state
+    train_step
+    data
+    checkpoint
+    metrics_log
+    early_exit report
+    evaluate
+    convert train
+    main
+"""
+RANK = {name: rank for rank, line in enumerate(ORDER.split("\n"))
+        for name in line.split()}
+
+
+def python(code: str) -> str:
+  return subprocess.run(
+      [sys.executable, "-c", code], cwd=PACKAGE.parent, check=True,
+      capture_output=True, text=True).stdout
+
+
+def test_importing_is_quick():
+  took = []
+  # The best of three: a busy machine is not the package's fault.
+  for _ in range(3):
+    began = time.monotonic()
+    python("import l2w_jax")
+    took.append(time.monotonic() - began)
+    if took[-1] < SECONDS:
+      break
+  assert min(took) < SECONDS, took
+
+
+def test_importing_pulls_in_nothing_heavy():
+  # The command line needs as little as the package until it knows what to do.
+  loaded = python("import sys, l2w_jax, l2w_jax.main, l2w_jax.train;"
+                  "print(*sys.modules)").split()
+  assert "jax" in loaded
+  assert {name.split(".")[0] for name in loaded}.isdisjoint(HEAVY)
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """Modules and folders directly under the package that a file imports."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    names = []
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: relative import"
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+    found |= {name.split(".")[1] for name in names
+              if name.startswith("l2w_jax.")}
+  return found
+
+
+def test_imports_point_down():
+  files = sorted(PACKAGE.rglob("*.py"))
+  assert len(files) > 20
+  for path in files:
+    name = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if name == "__init__":  # the surface, above everything
+      continue
+    assert name in RANK, f"{name} has no place in the order"
+    upward = {other for other in imported(path) - {name}
+              if RANK[other] >= RANK[name]}
+    assert not upward, f"{path.name} imports {upward} from above it"
+
+
+def test_an_upward_import_would_be_seen(tmp_path):
+  source = tmp_path / "losses.py"
+  source.write_text("def f():\n  from l2w_jax.train_step import step_body\n"
+                    "  import l2w_jax.data.sources\n")
+  assert imported(source) == {"train_step", "data"}
+  assert RANK["train_step"] > RANK["losses"] < RANK["data"]
