@@ -14,16 +14,17 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import traverse_util
 from jaxtyping import PyTree
 from ml_collections import ConfigDict, config_flags
 
+from l2w_jax import config as config_lib
 from l2w_jax.models.backbone import Backbone, Variables
 
 _RENAMED = {"convs": "m", "flows": "scale_flows", "first_layer": "FirstLayer",
@@ -240,7 +241,8 @@ def load_torch(path: pathlib.Path) -> Mapping[str, Any]:
   scalar = np.float64(0).__reduce__()[0]
   harmless = [
       (scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype,
-      *(type(np.dtype(kind)) for kind in "fdqi?")]  # best accuracies
+      *(type(np.dtype(name)) for name in (
+          "float32", "float64", "int32", "int64", "bool"))]  # best accuracies
   try:
     with torch.serialization.safe_globals(harmless):
       content = torch.load(path, map_location="cpu", weights_only=True)
@@ -316,7 +318,7 @@ def build_backbone(config: ConfigDict) -> Backbone:
 def convert(
     released: pathlib.Path, config: ConfigDict, workdir: pathlib.Path) -> None:
   """Makes a run directory of a released checkpoint."""
-  backbone = build_backbone(config)
+  backbone = build_backbone(config_lib.validate(config))
   variables = import_released(load_torch(released), backbone)
   write_workdir(variables, config, backbone, workdir)
 
@@ -343,6 +345,8 @@ def _define_flags() -> None:
 
 def _main(argv: list[str]) -> None:
   try:
+    if FLAGS.workdir is None:
+      raise ValueError("name the run directory with --workdir=DIR")
     workdir = pathlib.Path(FLAGS.workdir)
     match argv[1:], FLAGS.export, FLAGS.config:
       case [released], None, config if config is not None:
@@ -354,11 +358,29 @@ def _main(argv: list[str]) -> None:
             "give RELEASED.pth.tar with --config to import, or --export=OUT.pth "
             "alone to export")
   except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    _fail(error)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Flags, or one line on standard error and exit code 2."""
+  try:
+    arguments = FLAGS(argv)
+    if FLAGS.config is not None:
+      FLAGS.config.keys()  # raises now if the file could not be read
+    return arguments
+  except (AttributeError, KeyError, OSError, TypeError, ValueError,
+          flags.Error) as error:
+    _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+  # Where a config file cannot be read, the cause comes last.
+  line = str(error).strip().splitlines()[-1]
+  print("error:", line.strip("'\" "), file=sys.stderr)
+  sys.exit(2)
 
 
 if __name__ == "__main__":
+  logging.set_verbosity(logging.WARNING)
   _define_flags()
-  flags.mark_flag_as_required("workdir")
-  app.run(_main)
+  app.run(_main, flags_parser=_parse_flags)

@@ -109,8 +109,10 @@ def _fail(error: Exception, prefix: str = "") -> None:
 
 def _one_line(error: Exception) -> str:
   message = str(error)
-  if isinstance(error, KeyError):  # its message comes with quotes around it
-    message = str(error.args[0]).strip("'\"")
+  if isinstance(error, (AttributeError, KeyError)):
+    # The name of a key comes in quotes, and with every other key and value.
+    message = re.sub("Other fields present: .*?(?=Did you mean|$)", "",
+                     message.strip("'\""), flags=re.DOTALL)
   if isinstance(error, OSError) or "Traceback" in message:
     # Config files that cannot be read or run: the cause comes last.
     message = message.strip().splitlines()[-1]
