@@ -10,9 +10,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from toy import LinearExits
 
 import l2w_jax
 from l2w_jax import config as config_lib
@@ -50,6 +52,12 @@ BUGS = {
         "allocation.allocate(own, proportions))"),
 }
 
+# That each device normalises with its own statistics.
+LOCAL_BATCH_NORM = (
+    "train_step",
+    'half["image"],\n        train=True, axis_name=devices.axis_name)',
+    'half["image"],\n        train=True)')
+
 
 def make_config(center_over="all", method="l2w") -> ConfigDict:
   config = config_lib.defaults("msdnet")
@@ -70,23 +78,37 @@ def make_dataset(config: ConfigDict) -> sources.Dataset:
       digits.train.images[:NUM_TRAIN], digits.train.labels[:NUM_TRAIN]))
 
 
-def make_backbone(config: ConfigDict) -> l2w_jax.models.Backbone:
-  return l2w_jax.build_backbone(config.model, 10, (8, 8, 1))
+class Linear(LinearExits):
+  """Compiles in a second; it has no BatchNorm."""
+
+  num_classes = 10
+
+  def init(self, key):
+    weight = jax.random.normal(key, (self.num_exits, 64, self.num_classes))
+    return {"params": {"weight": 0.1 * weight}, "batch_stats": {
+        "mean": jnp.zeros((self.num_exits, self.num_classes))}}
 
 
-def run_steps(config: ConfigDict, num_devices: int):
-  """(replicas of the state [D ...], sums of weights) after two steps."""
-  dataset, backbone = make_dataset(config), make_backbone(config)
+def make_msdnet() -> l2w_jax.models.Backbone:
+  return l2w_jax.build_backbone(make_config().model, 10, (8, 8, 1))
+
+
+def start(config: ConfigDict, backbone):
+  state = l2w_jax.init_state(jax.random.key(0), backbone, config)
+  return jax.tree.map(
+      lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else None),
+      state)
+
+
+def run_steps(config: ConfigDict, backbone, state, num_devices: int):
+  """(replicas of the state [D ...], metrics) after two steps."""
   with jax.enable_x64(True):
-    state = l2w_jax.init_state(jax.random.key(0), backbone, config)
-    state = jax.tree.map(
-        lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, state)
     run = train.make_block_fn(
         backbone, config, jax.random.key(1),
         resident.steps_per_epoch(NUM_TRAIN, BATCH), num_devices)
     state, block = run(*(
-        parallel.replicate(x, num_devices)
-        for x in (state, resident.arrays(dataset), np.int32(STEPS))))
+        parallel.replicate(x, num_devices) for x in (
+            state, resident.arrays(make_dataset(config)), np.int32(STEPS))))
     if num_devices == 1:
       state = jax.tree.map(lambda x: x[None], state)
     block = parallel.first(block, num_devices)
@@ -101,57 +123,67 @@ def relative_difference(ours, theirs) -> float:
                       strict=True) if a.dtype != bool and a.size)
 
 
-def compare(config: ConfigDict, num_devices: int, one) -> dict:
-  """How far `num_devices` are from one device."""
-  state, block = run_steps(config, num_devices)
+def difference_of(state, block, one) -> dict:
+  """How far a run on many devices is from the one on one device."""
   one_state, one_block = one
   return {
       "replicas_equal": all(
-          x[d].tobytes() == x[0].tobytes()
-          for x in jax.tree.leaves(state) for d in range(num_devices)),
-      "moved": relative_difference(
-          one_state.params,
-          jax.tree.map(lambda x: x[None], make_backbone(config).init(
-              jax.random.split(jax.random.key(0))[0])["params"])),
-      "state": relative_difference(
-          jax.tree.map(lambda x: x[0], state),
-          jax.tree.map(lambda x: x[0], one_state)),
+          replica.tobytes() == x[0].tobytes()
+          for x in jax.tree.leaves(state) for replica in x),
+      "state": relative_difference(*(
+          jax.tree.map(lambda x: x[0], s) for s in (state, one_state))),
       "metrics": relative_difference(block, one_block)}
+
+
+def compare(config: ConfigDict, backbone, num_devices: list[int], one=None):
+  """One device against others, in order; `one` if that has run already."""
+  before = start(config, backbone)
+  one = one or run_steps(config, backbone, before, 1)
+  moved = relative_difference(
+      jax.tree.map(lambda x: x[0], one[0].params), before.params)
+  return one, [
+      difference_of(*run_steps(config, backbone, before, n), one)
+      | {"moved": moved} for n in num_devices]
+
+
+def compare_planted(bug, config, backbone, one) -> dict:
+  from test_train_step import plant
+  with pytest.MonkeyPatch.context() as patch:
+    plant(patch, [bug])
+    patch.setattr(
+        train, "step_body", sys.modules["l2w_jax.train_step"].step_body)
+    return compare(config, backbone, [2], one)[1][0]
 
 
 def compare_scores(num_devices: int) -> bool:
   """Whether a split whose size no batch divides scores the same."""
-  config = make_config()
-  dataset, backbone = make_dataset(config), make_backbone(config)
+  config, backbone = make_config(), Linear()
+  dataset = make_dataset(config)
   scores = []
   for n in (1, num_devices):
     variables = parallel.replicate(backbone.init(jax.random.key(0)), n)
     score = evaluate.compile_scorer(variables, backbone, dataset, config, n)
     scores.append(score(variables, dataset.test))
   for a, b in zip(*scores, strict=True):
-    # A sample's confidence depends on its own pixels; batches of another size
-    # may be summed in another order.
+    # Batches of another size may be summed in another order.
     np.testing.assert_allclose(a, b, rtol=1e-5)
   return len(scores[1].confidence) == len(dataset.test.labels)
 
 
 def main():
-  results = {}
+  results = {"scores": compare_scores(4)}
   for center_over in ("exits", "batch", "all"):
     config = make_config(center_over)
-    one = run_steps(config, 1)
-    for n in (2, 4) if center_over == "all" else (4,):
-      results[f"{center_over} {n}"] = compare(config, n, one)
-  uniform = make_config(method="uniform")
-  results["uniform 2"] = compare(uniform, 2, run_steps(uniform, 1))
-  results["scores"] = compare_scores(4)
-  from test_train_step import plant
+    one, results[f"linear {center_over}"] = compare(config, Linear(), [2, 4])
   for name, bug in BUGS.items():
-    with pytest.MonkeyPatch.context() as patch:
-      plant(patch, [bug])
-      patch.setattr(train, "step_body",
-                    sys.modules["l2w_jax.train_step"].step_body)
-      results[name] = compare(config, 2, one)
+    results[name] = compare_planted(bug, config, Linear(), one)
+  uniform = make_config(method="uniform")
+  _, results["linear uniform"] = compare(uniform, Linear(), [4])
+  for center_over, n in (("exits", 2), ("batch", 4), ("all", 4)):
+    config = make_config(center_over)
+    one, results[f"msdnet {center_over}"] = compare(config, make_msdnet(), [n])
+  results["BatchNorm"] = compare_planted(
+      LOCAL_BATCH_NORM, config, make_msdnet(), one)
   print(json.dumps(results))
 
 
@@ -160,7 +192,8 @@ def results():
   # Compilation is most of the time; code that is optimised less still adds the
   # same float64 numbers.
   flags = ("--xla_force_host_platform_device_count=4 "
-           "--xla_backend_optimization_level=0")
+           "--xla_backend_optimization_level=0 "
+           "--xla_llvm_disable_expensive_passes=true")
   done = subprocess.run(
       [sys.executable, __file__], capture_output=True, text=True, cwd=ROOT,
       env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
@@ -170,16 +203,18 @@ def results():
 
 
 @pytest.mark.parametrize(
-    "case", ["exits 4", "batch 4", "all 2", "all 4", "uniform 2"])
+    "case", ["linear exits", "linear batch", "linear all", "linear uniform",
+             "msdnet exits", "msdnet batch", "msdnet all"])
 def test_devices_agree_with_one(results, case):
-  result = results[case]
-  assert result["replicas_equal"]
-  # Float64: sums over a batch in another order, through two steps.
-  assert result["state"] < 1e-12 and result["metrics"] < 1e-12
-  assert result["moved"] > 1e-3  # there was something to agree about
+  assert results[case]
+  for result in results[case]:
+    assert result["replicas_equal"]
+    # Float64: sums over a batch in another order, through two steps.
+    assert result["state"] < 1e-12 and result["metrics"] < 1e-12
+    assert result["moved"] > 1e-3  # there was something to agree about
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", [*BUGS, "BatchNorm"])
 def test_a_missing_collective_is_seen(results, bug):
   assert results[bug]["state"] > 1e-9
 
