@@ -1,4 +1,4 @@
-"""Set-up of the suite: types are checked, compiled programs kept, one run shared."""
+"""Set-up of the suite: types checked, compiled programs kept, one run shared."""
 import os
 import pathlib
 import subprocess
