@@ -245,7 +245,7 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
 ])
 @pytest.mark.parametrize("mode", ["all", "train"])
 def test_what_does_not_fit_is_told_before_anything_else(
-    tmp_path, tiny_config, compilations, mode, key, value, says):
+    tmp_path, compilations, mode, key, value, says):
   config = config_lib.load_config(
       str(ROOT / "configs/digits.py"), {key: value})
   if says is None:
