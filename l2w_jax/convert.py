@@ -329,8 +329,7 @@ def export(workdir: pathlib.Path, path: pathlib.Path) -> None:
   config = checkpoint.read_config(workdir)
   backbone = build_backbone(config)
   state, _ = evaluate.restore(workdir, config, backbone)
-  save_torch(path, export_released(
-      {"params": state.params, "batch_stats": state.batch_stats}, backbone))
+  save_torch(path, export_released(state.variables, backbone))
 
 
 FLAGS = flags.FLAGS

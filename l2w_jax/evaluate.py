@@ -24,7 +24,7 @@ from l2w_jax import checkpoint, exit_policy, losses, models, parallel
 from l2w_jax.data import augment, sources
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.progress import Progress
-from l2w_jax.train_state import TrainState, init_state
+from l2w_jax.train_state import TrainState, abstract_state
 
 QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
 SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
@@ -93,8 +93,7 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
   state, info = restore(workdir, config, backbone)
-  variables = parallel.replicate(
-      {"params": state.params, "batch_stats": state.batch_stats}, num_devices)
+  variables = parallel.replicate(state.variables, num_devices)
   num_calibration = len(dataset.calibration.labels)
   total = num_calibration + len(dataset.test.labels)
   with Progress(total, unit="image", label="evaluate") as progress:
@@ -189,10 +188,8 @@ def restore(
   Raises:
     ValueError: there is none.
   """
-  template = jax.eval_shape(
-      lambda key: init_state(key, backbone, config), jax.random.key(0))
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    restored = checkpoints.restore(template)
+    restored = checkpoints.restore(abstract_state(backbone, config))
   if restored is None:
     raise ValueError(f"workdir {workdir} has no checkpoint yet; train it first "
                      "with --mode=train")

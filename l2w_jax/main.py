@@ -42,8 +42,10 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
     raise ValueError(f"--mode={mode} needs --config=FILE.py")
   if mode in ("evaluate", "report"):
     made_with = checkpoint.read_config(workdir)
-    config = made_with if config is None else config
-    checkpoint.check_same_run(workdir, config)
+    if config is None:
+      config = made_with
+    else:
+      checkpoint.check_same_run(workdir, config)
   if mode in ("all", "train") and not train.train(workdir, config):
     print(f"{workdir}: training had already finished")
     if mode == "all" and _is_reported(workdir):

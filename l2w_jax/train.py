@@ -21,7 +21,7 @@ from l2w_jax.data import resident, sources
 from l2w_jax.metrics_log import MetricsLog
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.progress import Progress
-from l2w_jax.train_state import TrainState, init_state
+from l2w_jax.train_state import TrainState, abstract_state, init_state
 from l2w_jax.train_step import learning_rates, step_body
 
 BLOCK = 50  # most steps under one dispatch; bounds how late metrics arrive
@@ -121,8 +121,7 @@ class _Loop:
   def run(self, checkpoints: checkpoint.Checkpoints) -> bool:
     config = self._config
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
-    restored = checkpoints.restore(jax.eval_shape(
-        lambda key: init_state(key, self._backbone, config), init_key))
+    restored = checkpoints.restore(abstract_state(self._backbone, config))
     if restored is None:
       state, step = init_state(init_key, self._backbone, config), 0
     else:
@@ -150,7 +149,7 @@ class _Loop:
           self._num_devices).lower(state, data, self._count(1)).compile()
     with self._progress.compiling("the evaluation"):
       self._score = evaluate.compile_scorer(
-          _variables(state), self._backbone, self._dataset, self._config,
+          state.variables, self._backbone, self._dataset, self._config,
           self._num_devices)
     self._seconds["compile"] += time.monotonic() - began
     return run_block
@@ -228,14 +227,10 @@ class _Loop:
         "count": block.weight_count.astype(int).tolist()})
 
   def _evaluate(self, state: TrainState, step: int) -> None:
-    scores = self._score(_variables(state), self._dataset.calibration)
+    scores = self._score(state.variables, self._dataset.calibration)
     self._write("evaluate", step, {
         "split": "calibration",
         "accuracy": scores.correct.mean(axis=0).tolist()})
-
-
-def _variables(state: TrainState) -> PyTree:
-  return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def _mean_of_known(rows: np.ndarray) -> np.ndarray:

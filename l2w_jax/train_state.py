@@ -33,6 +33,11 @@ class TrainState:
   wpn_params: PyTree
   wpn_opt_state: PyTree
 
+  @property
+  def variables(self) -> dict[str, PyTree]:
+    """What `Backbone.apply` takes: {"params", "batch_stats"}."""
+    return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 def sgd(config: ConfigDict) -> optax.GradientTransformation:
   """SGD with momentum and coupled weight decay, up to the factor -lr.
@@ -76,3 +81,9 @@ def init_state(key: Array, backbone: Backbone, config: ConfigDict) -> TrainState
       opt_state=sgd(config.optimizer).init(variables["params"]),
       wpn_params=wpn_params,
       wpn_opt_state=wpn_opt_state)
+
+
+def abstract_state(backbone: Backbone, config: ConfigDict) -> TrainState:
+  """Shapes and dtypes of `init_state`, to restore a checkpoint into."""
+  return jax.eval_shape(
+      lambda key: init_state(key, backbone, config), jax.random.key(0))

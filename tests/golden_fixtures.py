@@ -151,9 +151,7 @@ def double(tree):
 def initial_state(fixture, c, config, backbone):
   """The fixture's state before the first half, in float64."""
   template = l2w.init_state(jax.random.key(0), backbone, config)
-  names = convert.export_released(
-      {"params": template.params, "batch_stats": template.batch_stats},
-      backbone)
+  names = convert.export_released(template.variables, backbone)
   variables = convert.import_released(
       {name: value(name, x.shape, c["suffix"]) for name, x in names.items()},
       backbone)
@@ -233,8 +231,7 @@ def compare_step(fixture):
             np.argmax(metrics["allocated"][h], 1) != golden["alloc_exit"]))
       else:
         assert not np.isfinite(metrics["meta_loss"][h])
-    variables = convert.export_released(
-        {"params": state.params, "batch_stats": state.batch_stats}, backbone)
+    variables = convert.export_released(state.variables, backbone)
     momentum = convert.export_released(
         {"params": state.opt_state[1].trace, "batch_stats": state.batch_stats},
         backbone)
