@@ -30,9 +30,11 @@ def check(path: pathlib.Path) -> dict[str, float]:
   with np.load(path) as fixture:
     if kind == "forward":
       golden_fixtures.compare_cost(fixture)
-      return golden_fixtures.compare_forward(fixture)
-    return {"step": golden_fixtures.compare_step,
-            "allocation": golden_fixtures.compare_allocation,
+      return (golden_fixtures.compare_forward(fixture)
+              | golden_fixtures.compare_forward_float32(fixture))
+    if kind == "step":
+      return golden_fixtures.compare_step(fixture, halves_alone=True)
+    return {"allocation": golden_fixtures.compare_allocation,
             "threshold": golden_fixtures.compare_thresholds}[kind](fixture)
 
 

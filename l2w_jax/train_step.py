@@ -59,31 +59,48 @@ def step_body(
     devices: Collectives = ONE_DEVICE,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """What one device does in a step; to be jitted, or mapped with `devices`."""
-  half_steps = {"l2w": _l2w_half_step, "uniform": _uniform_half_step}
-  half_step = half_steps[config.method](backbone, config, devices)
-  learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
+  half_step = half_step_body(
+      backbone, config, steps_per_epoch=steps_per_epoch, devices=devices)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    rates = learning_rate(state.step), wpn_learning_rate(state.step)
-    update_wpn = state.step % steps_per_epoch % config.meta.interval == 0
-
-    def body(state, halves):
-      return half_step(state, *halves, *rates, update_wpn)
-
     size = batch["label"].shape[0]
     if size % 2 == 0:
       halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
       swapped = jax.tree.map(lambda x: x[::-1], halves)
-      state, metrics = jax.lax.scan(body, state, (halves, swapped))
+      state, metrics = jax.lax.scan(
+          lambda state, halves: half_step(state, *halves), state,
+          (halves, swapped))
     else:
       first = jax.tree.map(lambda x: x[:(size + 1) // 2], batch)
       second = jax.tree.map(lambda x: x[(size + 1) // 2:], batch)
-      state, metrics_1 = body(state, (first, second))
-      state, metrics_2 = body(state, (second, first))
+      state, metrics_1 = half_step(state, first, second)
+      state, metrics_2 = half_step(state, second, first)
       metrics = jax.tree.map(_stack_or_pair, metrics_1, metrics_2)
     return state.replace(step=state.step + 1), metrics
 
   return step
+
+
+def half_step_body(
+    backbone: Backbone, config: ConfigDict, *, steps_per_epoch: int,
+    devices: Collectives = ONE_DEVICE,
+) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, Metrics]]:
+  """(state, train half, meta half) -> (state, metrics of the half).
+
+  Learning rates are those of `state.step`, which counts loader batches and so
+  is left as it is.
+  """
+  half_steps = {"l2w": _l2w_half_step, "uniform": _uniform_half_step}
+  half_step = half_steps[config.method](backbone, config, devices)
+  learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
+
+  def run(state: TrainState, train_half: Batch, meta_half: Batch):
+    update_wpn = state.step % steps_per_epoch % config.meta.interval == 0
+    return half_step(
+        state, train_half, meta_half, learning_rate(state.step),
+        wpn_learning_rate(state.step), update_wpn)
+
+  return run
 
 
 def learning_rates(

@@ -13,7 +13,7 @@ import numpy as np
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
-from l2w_jax import convert, losses
+from l2w_jax import convert, losses, train_step
 
 CENTER_OVER = {"col": "exits", "row": "batch", "mat": "all"}
 INPUTS = {"loss": "loss", "conf": "confidence", "both": "both"}
@@ -88,41 +88,54 @@ def compare_cost(fixture):
       str(fixture["state_names_shapes"]))
 
 
-def compare_forward(fixture):
-  """{quantity: largest relative error} of logits and running statistics."""
+def forward_case(fixture):
+  """(backbone, variables, images, evaluation, training) of a forward fixture."""
   c = json.loads(str(fixture["config"]))
   backbone = backbone_of(c)
   released = {name: value(name, tuple(shape), c["suffix"]) for name, shape in
               json.loads(str(fixture["state_names_shapes"]))}
-  variables = double(convert.import_released(released, backbone))
-  x = jnp.asarray(images(c["seed"], c["batch"], c["image"]), jnp.float64)
-  np.testing.assert_allclose(x.sum(), fixture["input_sum"], rtol=1e-12)
-  evaluate = jax.jit(backbone.apply)
-  train = jax.jit(lambda variables, x: backbone.apply(variables, x, train=True))
+  x = images(c["seed"], c["batch"], c["image"])
+  np.testing.assert_allclose(
+      x.sum(dtype=np.float64), fixture["input_sum"], rtol=1e-12)
+
+  def evaluate(variables, x):
+    return jnp.moveaxis(backbone.apply(variables, x), 1, 0)
+
+  def train(variables, x):
+    logits, stats = backbone.apply(variables, x, train=True)
+    return jnp.moveaxis(logits, 1, 0), stats
+
+  return (backbone, convert.import_released(released, backbone), x,
+          jax.jit(evaluate), jax.jit(train))
+
+
+def compare_forward(fixture):
+  """{quantity: largest relative error} of logits and statistics, float64."""
+  backbone, variables, x, evaluate, train = forward_case(fixture)
+  variables, x = double((variables, x))
   logits, stats = train(variables, x)
   errors = {
-      "eval": relative(np.moveaxis(evaluate(variables, x), 1, 0),
-                       fixture["eval_logits_f64"]),
-      "train": relative(np.moveaxis(logits, 1, 0),
-                        fixture["train_logits_f64"])}
+      "eval": relative(evaluate(variables, x), fixture["eval_logits_f64"]),
+      "train": relative(logits, fixture["train_logits_f64"])}
   after = convert.export_released(
       {"params": variables["params"], "batch_stats": stats}, backbone)
   norm = {"mean": np.mean, "l2": np.linalg.norm}
-  for stored, of, which in (
-      ("mean_mean", "running_mean", "mean"), ("mean_l2", "running_mean", "l2"),
-      ("var_mean", "running_var", "mean"), ("var_l2", "running_var", "l2")):
-    ours = [norm[which](after[f"{name}.{of}"])
-            for name in json.loads(str(fixture["bn_names"]))]
-    errors["running statistics"] = max(
-        errors.get("running statistics", 0.0),
-        relative(ours, fixture[f"bn_after_{stored}_f64"]))
-  single = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
-  x = x.astype(jnp.float32)
-  errors["eval, float32"] = relative(
-      np.moveaxis(evaluate(single, x), 1, 0), fixture["eval_logits_f32"])
-  errors["train, float32"] = relative(
-      np.moveaxis(train(single, x)[0], 1, 0), fixture["train_logits_f32"])
+  errors["running statistics"] = max(
+      relative([norm[which](after[f"{name}.running_{of}"])
+                for name in json.loads(str(fixture["bn_names"]))],
+               fixture[f"bn_after_{of}_{which}_f64"])
+      for of in ("mean", "var") for which in norm)
   return errors
+
+
+def compare_forward_float32(fixture):
+  """{quantity: largest relative error} of logits in float32."""
+  _, variables, x, evaluate, train = forward_case(fixture)
+  return {
+      "eval, float32": relative(
+          evaluate(variables, x), fixture["eval_logits_f32"]),
+      "train, float32": relative(
+          train(variables, x)[0], fixture["train_logits_f32"])}
 
 
 def config_of(c):
@@ -189,11 +202,13 @@ def relative(ours, theirs):
   return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-300))
 
 
-def compare_step(fixture):
+def compare_step(fixture, halves_alone=False):
   """{quantity: largest relative error over the six halves}.
 
-  States are compared after every loader batch (halves 1, 3 and 5), what a step
-  reports after every half. "allocation" counts samples at another exit.
+  What a step reports is compared after every half, states after every loader
+  batch (halves 1, 3 and 5), and where halves_alone after the others too: the
+  first half of each batch is then also run by itself. "allocation" counts
+  samples at another exit.
   """
   c = json.loads(str(fixture["config"]))
   num_classes = {"cifar10": 10, "cifar100": 100}[c["data"]]
@@ -201,56 +216,74 @@ def compare_step(fixture):
   backbone = l2w.build_backbone(config.model, num_classes, (32, 32, 3))
   state = initial_state(fixture, c, config, backbone)
   step = l2w.make_train_step(backbone, config, steps_per_epoch=3)
-  errors = {}
+  first_half = jax.jit(train_step.half_step_body(
+      backbone, config, steps_per_epoch=3))
+  param_names, mean_names, var_names, wpn_names = (
+      json.loads(str(fixture[key])) for key in (
+          "param_names", "bn_mean_names", "bn_var_names", "wpn_names"))
+  errors = {"allocation": 0}
 
   def check(name, ours, theirs):
     errors[name] = max(errors.get(name, 0.0), relative(ours, theirs))
 
-  param_names, mean_names, var_names, wpn_names = (
-      json.loads(str(fixture[key])) for key in (
-          "param_names", "bn_mean_names", "bn_var_names", "wpn_names"))
-
   def torch_wpn(tree):
     return flat(wpn_names, convert.export_released_wpn(tree))
 
-  for t, size in enumerate(c["batch"]):
-    state, metrics = step(state, {
-        "image": jnp.asarray(images(c["seed0"] + t, size, 32), jnp.float64),
-        "label": jnp.asarray(fixture[f"targets_{t}"])})
-    for h in range(2):
-      golden = {
-          key.rpartition("/")[2]: fixture[key] for key in fixture
-          if key.startswith(f"f64/h{2 * t + h}/")}
-      check("weights", metrics["weights"][h], golden["weight"])
-      check("losses", metrics["losses"][h], golden["ce"])
-      if fixture["meta_done"][2 * t + h]:
-        check("meta loss", metrics["meta_loss"][h], golden["meta_loss"])
-        check("meta-gradient", torch_wpn(jax.tree.map(
-            lambda x, h=h: x[h], metrics["wpn_gradient"])), golden["meta_grad"])
-        errors["allocation"] = errors.get("allocation", 0) + int(np.sum(
-            np.argmax(metrics["allocated"][h], 1) != golden["alloc_exit"]))
-      else:
-        assert not np.isfinite(metrics["meta_loss"][h])
+  def check_metrics(metrics, h):
+    check("weights", metrics["weights"], fixture[f"f64/h{h}/weight"])
+    check("losses", metrics["losses"], fixture[f"f64/h{h}/ce"])
+    if not fixture["meta_done"][h]:
+      assert not np.isfinite(metrics["meta_loss"])
+      return
+    check("meta loss", metrics["meta_loss"], fixture[f"f64/h{h}/meta_loss"])
+    check("meta-gradient", torch_wpn(metrics["wpn_gradient"]),
+          fixture[f"f64/h{h}/meta_grad"])
+    errors["allocation"] += int(np.sum(
+        np.argmax(metrics["allocated"], 1) != fixture[f"f64/h{h}/alloc_exit"]))
+
+  def check_state(state, h):
     variables = convert.export_released(state.variables, backbone)
     momentum = convert.export_released(
         {"params": state.opt_state[1].trace, "batch_stats": state.batch_stats},
         backbone)
-    check("WPN", torch_wpn(state.wpn_params), golden["wpn"])
-    check("Adam m", torch_wpn(state.wpn_opt_state[1].mu), golden["adam_m"])
-    check("Adam v", torch_wpn(state.wpn_opt_state[1].nu), golden["adam_v"])
-    check("running mean", flat(mean_names, variables), golden["bn_mean"])
-    check("running var", flat(var_names, variables), golden["bn_var"])
-    for name, tensors, stored in (
-        ("backbone", variables, "param"), ("momentum", momentum, "mom")):
+    adam = state.wpn_opt_state[1]
+    for name, ours, theirs in (
+        ("WPN", torch_wpn(state.wpn_params), "wpn"),
+        ("Adam m", torch_wpn(adam.mu), "adam_m"),
+        ("Adam v", torch_wpn(adam.nu), "adam_v"),
+        ("running mean", flat(mean_names, variables), "bn_mean"),
+        ("running var", flat(var_names, variables), "bn_var")):
+      check(name, ours, fixture[f"f64/h{h}/{theirs}"])
+    assert adam.count == fixture[f"f64/h{h}/adam_step"]
+    for name, tensors, short, whole in (
+        ("backbone", variables, "param", "params"),
+        ("momentum", momentum, "mom", "momentum")):
       ours = summary(param_names, tensors)
-      theirs = golden[f"{stored}_summ"]
+      theirs = fixture[f"f64/h{h}/{short}_summ"]
       # A sum or dot product may nearly cancel: relative to the tensor's norm.
       scale = np.maximum(theirs[:, 1:2], 1e-300)
       errors[name] = max(errors.get(name, 0.0), float(
           np.abs((ours - theirs) / scale).max()))
-      whole = {"backbone": "params", "momentum": "momentum"}[name]
-      if whole in golden:
-        check(name, flat(param_names, tensors), golden[whole])
+      if f"f64/h{h}/{whole}" in fixture:
+        check(name, flat(param_names, tensors), fixture[f"f64/h{h}/{whole}"])
+
+  for t, size in enumerate(c["batch"]):
+    batch = {
+        "image": jnp.asarray(images(c["seed0"] + t, size, 32), jnp.float64),
+        "label": jnp.asarray(fixture[f"targets_{t}"])}
+    if halves_alone:
+      cut = (size + 1) // 2
+      after_half, metrics = first_half(
+          state, {name: x[:cut] for name, x in batch.items()},
+          {name: x[cut:] for name, x in batch.items()})
+      check_metrics(metrics, 2 * t)
+      check_state(after_half, 2 * t)
+    state, metrics = step(state, batch)
+    for h in range(2):
+      check_metrics(jax.tree.map(
+          lambda x, h=h: x[h], metrics,
+          is_leaf=lambda x: isinstance(x, tuple)), 2 * t + h)
+    check_state(state, 2 * t + 1)
   return errors
 
 

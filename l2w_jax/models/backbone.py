@@ -66,12 +66,16 @@ class Backbone:
     """[K] parameters that exit k and those before it use."""
     return self._cost[1]
 
+  @functools.cached_property
+  def _declared(self) -> PyTree:
+    """Shapes and laws of the variables; tracing a large network takes seconds."""
+    declare = functools.partial(
+        self.module.init, jax.random.key(0), mode=EVALUATE, method=_all_stages)
+    return jax.eval_shape(declare, jnp.zeros((1, *self.image_shape)))
+
   def init(self, key: Array) -> Variables:
     """Fresh variables: parameters from `key`, running mean 0 and variance 1."""
-    declare = functools.partial(
-        self.module.init, key, mode=EVALUATE, method=_all_stages)
-    declared = jax.eval_shape(declare, jnp.zeros((1, *self.image_shape)))
-    return initializers.draw(key, declared)
+    return initializers.draw(key, self._declared)
 
   def apply(
       self, variables: Variables, images: Float[Array, "B H W channels"],

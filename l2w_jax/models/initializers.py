@@ -74,7 +74,7 @@ def kernel(initializer: str):
 
 
 def draw(key: Array, declared: PyTree) -> PyTree:
-  """Arrays for a tree of declarations, whose values may be abstract."""
+  """Arrays of JAX's default float for a tree of (abstract) declarations."""
   leaves, tree = jax.tree.flatten(
       declared, is_leaf=lambda leaf: isinstance(leaf, Declared))
   streams = {}
@@ -88,7 +88,7 @@ def draw(key: Array, declared: PyTree) -> PyTree:
         stream if isinstance(stream, jax.core.Tracer) else np.asarray(stream))
   arrays, used = [], dict.fromkeys(streams, 0)
   for leaf in leaves:
-    shape, dtype = leaf.value.shape, leaf.value.dtype
+    shape, dtype = leaf.value.shape, jnp.result_type(float)
     if leaf.law == "constant":
       arrays.append(np.full(shape, leaf.scale, dtype))
     else:
