@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import pathlib
 import re
-import sys
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from flax import traverse_util
 from jaxtyping import PyTree
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from l2w_jax import command
 from l2w_jax import config as config_lib
 from l2w_jax.models.backbone import Backbone, Variables
 
@@ -336,50 +336,26 @@ FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-  config_flags.DEFINE_config_file(
-      "config", None, "Config file of the released model.", lock_config=True)
+  command.define_config("That of the released model.")
   flags.DEFINE_string("workdir", None, "Run directory to make, or to export.")
   flags.DEFINE_string("export", None, "PyTorch file to write.")
 
 
-def _main(argv: list[str]) -> None:
-  try:
-    if FLAGS.workdir is None:
-      raise ValueError("name the run directory with --workdir=DIR")
-    workdir = pathlib.Path(FLAGS.workdir)
-    match argv[1:], FLAGS.export, FLAGS.config:
-      case [released], None, config if config is not None:
-        convert(pathlib.Path(released), config, workdir)
-      case [], path, None if path is not None:
-        export(workdir, pathlib.Path(path))
-      case _:
-        raise ValueError(
-            "give RELEASED.pth.tar with --config to import, or --export=OUT.pth "
-            "alone to export")
-  except ValueError as error:
-    _fail(error)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Flags, or one line on standard error and exit code 2."""
-  try:
-    arguments = FLAGS(argv)
-    if FLAGS.config is not None:
-      FLAGS.config.keys()  # raises now if the file could not be read
-    return arguments
-  except (AttributeError, KeyError, OSError, TypeError, ValueError,
-          flags.Error) as error:
-    _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-  # Where a config file cannot be read, the cause comes last.
-  line = str(error).strip().splitlines()[-1]
-  print("error:", line.strip("'\" "), file=sys.stderr)
-  sys.exit(2)
+def _main(arguments: list[str]) -> None:
+  if FLAGS.workdir is None:
+    raise ValueError("name the run directory with --workdir=DIR")
+  workdir = pathlib.Path(FLAGS.workdir)
+  match arguments, FLAGS.export, FLAGS.config:
+    case [released], None, config if config is not None:
+      convert(pathlib.Path(released), config, workdir)
+    case [], path, None if path is not None:
+      export(workdir, pathlib.Path(path))
+    case _:
+      raise ValueError(
+          "give RELEASED.pth.tar with --config to import, or --export=OUT.pth "
+          "alone to export")
 
 
 if __name__ == "__main__":
-  logging.set_verbosity(logging.WARNING)
   _define_flags()
-  app.run(_main, flags_parser=_parse_flags)
+  command.run(_main)

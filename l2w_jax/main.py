@@ -3,22 +3,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
-import sys
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
+from l2w_jax import command
 from l2w_jax import config as config_lib
 
 FLAGS = flags.FLAGS
-# No default: a default value would parse overrides at import, where a typo is
-# a traceback nobody can catch.
-config_flags.DEFINE_config_file(
-    "config", None,
-    "Config file, FILE.py or FILE.py:ARGUMENT. --config.KEY=VALUE overrides "
-    "a key. Needed to train; evaluate and report read the workdir's.",
-    lock_config=True)
+command.define_config(
+    "Needed to train; evaluate and report read the workdir's.")
 flags.DEFINE_string("workdir", None, "Run directory.")
 flags.DEFINE_enum(
     "mode", "all", ["all", "train", "evaluate", "report"],
@@ -73,54 +66,13 @@ def _print_results(results) -> None:
           f"accuracy {100 * row['accuracy']:.2f} %")
 
 
-def _main(argv) -> None:
-  try:
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
-    if not FLAGS.workdir:
-      raise ValueError("--workdir is missing; name the directory of the run")
-    run(FLAGS.mode, pathlib.Path(FLAGS.workdir), FLAGS.config)
-  except ValueError as error:
-    _fail(error)
-
-
-def _parse_flags(argv):
-  """Flags, or one line on standard error and exit code 2."""
-  try:
-    for argument in argv[1:]:
-      override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-      if override is not None:
-        config_lib.check_key(override[1])
-    arguments = FLAGS(argv)
-    if FLAGS.config is not None:
-      FLAGS.config.keys()  # raises now if the file could not be read
-    return arguments
-  except SystemExit as leave:  # after --help absl leaves with 1
-    sys.exit(0 if leave.code == 1 else leave.code)
-  except (AttributeError, KeyError) as error:
-    _fail(error, "no such key in this config: ")
-  except (flags.Error, OSError, TypeError, ValueError) as error:
-    _fail(error)
-
-
-def _fail(error: Exception, prefix: str = "") -> None:
-  logging.debug("where it was raised (--verbosity=1):", exc_info=error)
-  print(f"error: {prefix}{_one_line(error)}", file=sys.stderr)
-  sys.exit(2)
-
-
-def _one_line(error: Exception) -> str:
-  message = str(error)
-  if isinstance(error, (AttributeError, KeyError)):
-    # The name of a key comes in quotes, and with every other key and value.
-    message = re.sub("Other fields present: .*?(?=Did you mean|$)", "",
-                     message.strip("'\""), flags=re.DOTALL)
-  if isinstance(error, OSError) or "Traceback" in message:
-    # Config files that cannot be read or run: the cause comes last.
-    message = message.strip().splitlines()[-1]
-  return " ".join(message.split())
+def _main(arguments: list[str]) -> None:
+  if arguments:
+    raise ValueError(f"unexpected argument {arguments[0]!r}; flags begin with --")
+  if not FLAGS.workdir:
+    raise ValueError("--workdir is missing; name the directory of the run")
+  run(FLAGS.mode, pathlib.Path(FLAGS.workdir), FLAGS.config)
 
 
 if __name__ == "__main__":
-  logging.set_verbosity(logging.WARNING)
-  app.run(_main, flags_parser=_parse_flags)
+  command.run(_main)
