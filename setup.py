@@ -25,6 +25,7 @@ setuptools.setup(
         "flax",  # modules, parameter trees, the state dataclass
         "optax",  # SGD with momentum, Adam, cosine schedules
         "tensorflow-datasets",  # CIFAR and ImageNet, read without TensorFlow
+        "pillow",  # decodes and crops images
         "orbax-checkpoint",  # checkpoints that survive being killed
         "ml-collections",  # configs and their command-line overrides
         # tensorflow-datasets imports it without declaring it (its #11212).
@@ -42,10 +43,15 @@ setuptools.setup(
         # metrics.jsonl is always written; this adds TensorBoard events
         # without TensorFlow.
         "tensorboard": ["tensorboardX"],
+        # Sets that do not fit into memory.
+        "streaming": ["grain"],
+        # Downloads and prepares sets, by TFDS's own builders. Reading what was
+        # prepared never needs it.
+        "prepare": ["tensorflow"],
         "test": [
             "pytest",
+            "grain",
             "beartype",  # checks jaxtyping's shapes at run time
-            "pillow",  # reads the report's pictures back
             "ruff",
             "tensorboardX",
         ],

@@ -8,7 +8,10 @@ def get_config(method="l2w"):
   config.method = method
   config.epochs = 100
   config.batch = 4096
-  config.data.source = "tfds:imagenet2012"
+  config.data.update(
+      source="tfds:imagenet2012", calibration=50_000, image_size=224,
+      augment="crop_flip", mean=(123.675, 116.28, 103.53),
+      std=(58.395, 57.12, 57.375))
   config.model.update(
       stem="imagenet", step_mode="even", step=8, channels=32, growth=16,
       scales=(1, 2, 3, 4), growth_factors=(4, 2, 2, 1),

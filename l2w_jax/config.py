@@ -72,6 +72,15 @@ def _factors(default, doc) -> Key:
   return Key(default, allowed, "a tuple of whole numbers, at least 1 each", doc)
 
 
+def _numbers(default, doc) -> Key:
+  def allowed(value):
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(v, (int, float)) and math.isfinite(v) and v > 0
+        for v in value)
+
+  return Key(default, allowed, "a tuple of numbers above 0", doc)
+
+
 _EVERY_MODEL = {
     "stem": _choice("cifar", ("cifar", "imagenet"),
                     "first layer: 3×3 at full size, or 7×7 and pool to 1/4"),
@@ -140,13 +149,39 @@ KEYS = {
         0, 0.999, "probability mass spread over classes in the training loss",
         0.0),
     "data": {
-        "source": _text("digits", "which images: digits, npz:PATH"),
+        "source": _text(
+            "digits", "which images: digits, npz:PATH, tfds:NAME, folder:PATH, "
+            "synthetic:HEIGHTxWIDTHxCHANNELS"),
+        "data_dir": Key(
+            "", lambda value: isinstance(value, str), "a string",
+            "where prepared tfds sets lie; empty: where TFDS puts them"),
+        "seed": _integer(
+            0, 0, "draws what is held out, left out and mislabelled; does not "
+            "follow config.seed, so that runs share their images"),
         "calibration": _integer(
-            5000, 1, "images held out of train, unless the source does it"),
+            5000, 0, "images held out of train, the same number of each class; "
+            "0: none. Sources with a calibration split (digits) keep theirs"),
+        "imbalance": _number(
+            1, math.inf, "first class over last class of a long-tailed train "
+            "split (Cui et al., CVPR 2019); 1: as it is", 1.0),
+        "label_noise": _number(
+            0, 0.999, "share of train labels changed to another class", 0.0),
+        "corrupt": _choice(
+            "fail", ("fail", "skip"), "what unreadable images lead to"),
+        "image_size": _integer(
+            0, 0, "pixels of the square that images are resized and cropped to; "
+            "0: as they are"),
+        "feed": _choice(
+            "auto", ("auto", "resident", "streaming"),
+            "keep images on the devices, or decode them as they are needed; "
+            "auto: resident up to 1 GiB of pixels"),
         "augment": _choice(
-            "none", ("none", "shift", "shift_flip"),
-            "random pad-and-crop by `pad`, and mirror"),
-        "pad": _integer(4, 0, "pixels of padding for the random crop"),
+            "none", ("none", "shift", "shift_flip", "crop_flip"),
+            "random pad-and-crop by `pad`, and mirror; or RandomResizedCrop to "
+            "`image_size`, and mirror"),
+        "pad": _integer(4, 0, "pixels of padding for the random shift"),
+        "mean": _numbers((), "of pixels, per channel; (): of the train images"),
+        "std": _numbers((), "of pixels, per channel; (): of the train images"),
     },
     "optimizer": {
         "learning_rate": _number(
@@ -180,7 +215,8 @@ KEYS = {
         "every": _integer(10, 1, "epochs between calibration accuracies"),
         "calibration": _choice(
             "held_out", ("held_out", "released"),
-            "search for thresholds: never beyond a budget, or as released"),
+            "search for thresholds: never beyond a budget, or as released, "
+            "which may also search on the train split"),
     },
     "log": {
         "every": _integer(
@@ -259,6 +295,10 @@ def validate(config: ConfigDict) -> ConfigDict:
   name = (model.get("name", "msdnet") if isinstance(model, ConfigDict)
           else "msdnet")
   _validate(config, {**KEYS, "model": {**_NAME, **_model_keys(name)}}, "config")
+  if not config.data.calibration and config.evaluate.calibration == "held_out":
+    raise ValueError(
+        "config.data.calibration=0 holds nothing out to choose thresholds on; set "
+        "config.evaluate.calibration=released to choose them on the train split")
   return config
 
 

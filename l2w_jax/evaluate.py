@@ -2,7 +2,8 @@
 
 Every sample of a split is scored exactly once, whatever the batch size and the
 number of devices: the last batch is padded and its padding dropped. Thresholds
-come from the calibration split and are applied to the test split.
+come from the calibration split (without one, as released, from the train split)
+and are applied to the test split.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import checkpoint, exit_policy, losses, models, parallel
-from l2w_jax.data import augment, sources
+from l2w_jax.data import augment, feeds, sources
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.progress import Progress
 from l2w_jax.train_state import TrainState, abstract_state
@@ -63,8 +64,7 @@ def compile_scorer(
 
   def score(variables: PyTree, split: sources.Split) -> Scores:
     parts = []
-    for start in range(0, len(split.labels), batch):
-      images = split.images[start:start + batch]
+    for images in feeds.batches(split.images, batch):
       padding = [(0, batch - len(images))] + [(0, 0)] * 3
       outputs = forward(variables, parallel.split_rows(
           np.pad(images, padding), num_devices))
@@ -94,13 +94,16 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
       config.model, dataset.num_classes, dataset.image_shape)
   state, info = restore(workdir, config, backbone)
   variables = parallel.replicate(state.variables, num_devices)
-  num_calibration = len(dataset.calibration.labels)
+  # A run that trained on everything chooses thresholds there, as released.
+  chosen_on = (dataset.calibration if len(dataset.calibration.labels)
+               else dataset.train)
+  num_calibration = len(chosen_on.labels)
   total = num_calibration + len(dataset.test.labels)
   with Progress(total, unit="image", label="evaluate") as progress:
     with progress.compiling("the evaluation"):
       score = compile_scorer(
           variables, backbone, dataset, config, num_devices)
-    calibration = score(variables, dataset.calibration)
+    calibration = score(variables, chosen_on)
     progress.update(num_calibration, {})
     test = score(variables, dataset.test)
     progress.update(total, {})

@@ -108,6 +108,27 @@ def split_rows(x: Rows, num_devices: int) -> Rows:
   return x.reshape(num_devices, -1, *x.shape[1:])
 
 
+def put_rows(x: np.ndarray, num_devices: int) -> Array:
+  """`split_rows`, each row block on its own device already."""
+  if num_devices == 1:
+    return jax.device_put(x)
+  mesh = jax.sharding.Mesh(jax.local_devices()[:num_devices], AXIS)
+  return jax.device_put(split_rows(x, num_devices), jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(AXIS)))
+
+
+def rows_of_host(
+    batch: int, num_devices: int, host: int, num_hosts: int) -> np.ndarray:
+  """The rows of a loader batch that a host's devices take, in their order.
+
+  Device d of all D takes rows [d·B/D, (d+1)·B/D) of either half, as `own_halves`
+  has it; hosts have `num_devices` devices each, in order.
+  """
+  check_batch(batch, num_devices * num_hosts)
+  rows = np.arange(batch).reshape(2, num_hosts, num_devices, -1)[:, host]
+  return rows.swapaxes(0, 1).reshape(-1)
+
+
 def merge_rows(x: Rows, num_devices: int) -> Rows:
   """[D B …] -> [D·B …], undoing `split_rows`."""
   return x if num_devices == 1 else x.reshape(-1, *x.shape[2:])

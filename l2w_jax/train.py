@@ -5,9 +5,11 @@ the compiled loop, and the metrics of a block are fetched while the next one run
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +19,14 @@ from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import checkpoint, evaluate, models, parallel
-from l2w_jax.data import resident, sources
+from l2w_jax.data import feeds, order, resident, sources
 from l2w_jax.metrics_log import MetricsLog
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.progress import Progress
 from l2w_jax.train_state import TrainState, abstract_state, init_state
 from l2w_jax.train_step import learning_rates, step_body
 
-BLOCK = 50  # most steps under one dispatch; bounds how late metrics arrive
+BLOCK = 50  # most steps under one dispatch, of any feed
 LOSS_BINS = 20  # of the weights-against-loss picture, up to 2·ln C nats
 
 
@@ -46,15 +48,16 @@ def loss_edges(num_classes: int) -> np.ndarray:
 
 def make_block_fn(
     backbone: Backbone, config: ConfigDict, key: Array, steps_per_epoch: int,
-    num_devices: int):
+    num_devices: int, make_batch_fn: Callable = resident.make_batch_fn):
   """(state, data, n) -> (state, Block) after n ≤ BLOCK steps, on all devices.
 
-  The state is donated. Data and n are replicated over the devices.
+  The state is donated. Data is what a feed gives for the first of the steps, n is
+  replicated over the devices.
   """
   devices = parallel.collectives(num_devices)
   step = step_body(
       backbone, config, steps_per_epoch=steps_per_epoch, devices=devices)
-  batch_fn = resident.make_batch_fn(config, key, devices)
+  batch_fn = make_batch_fn(config, key, devices)
   names = ("train_loss", "meta_loss") if config.method == "l2w" else (
       "train_loss",)
   bin_width = 2 * math.log(backbone.num_classes) / LOSS_BINS
@@ -113,7 +116,7 @@ class _Loop:
     self._workdir, self._config = workdir, config
     self._dataset, self._backbone = dataset, backbone
     self._num_devices = num_devices
-    self._steps_per_epoch = resident.steps_per_epoch(
+    self._steps_per_epoch = order.steps_per_epoch(
         len(dataset.train.labels), config.batch)
     self._total = config.epochs * self._steps_per_epoch
     self._seconds = {"train": 0.0, "compile": 0.0}
@@ -135,18 +138,19 @@ class _Loop:
       if step:
         self._progress.note(f"resuming after step {step} of {self._total}")
       state = parallel.replicate(state, self._num_devices)
-      data = parallel.replicate(
-          resident.arrays(self._dataset), self._num_devices)
-      run_block = self._compile(data_key, state, data)
-      self._blocks(run_block, state, data, step, checkpoints)
+      with contextlib.closing(feeds.make_feed(
+          self._dataset, config, data_key, self._num_devices)) as feed:
+        run_block = self._compile(data_key, state, feed, step)
+        self._blocks(run_block, state, feed, step, checkpoints)
     return True
 
-  def _compile(self, key, state, data):
+  def _compile(self, key, state, feed, step):
     began = time.monotonic()
     with self._progress.compiling("the training step"):
       run_block = make_block_fn(
           self._backbone, self._config, key, self._steps_per_epoch,
-          self._num_devices).lower(state, data, self._count(1)).compile()
+          self._num_devices, feed.make_batch_fn).lower(
+              state, feed.data(step), self._count(1)).compile()
     with self._progress.compiling("the evaluation"):
       self._score = evaluate.compile_scorer(
           state.variables, self._backbone, self._dataset, self._config,
@@ -157,13 +161,13 @@ class _Loop:
   def _count(self, n: int) -> Array:
     return parallel.replicate(jnp.asarray(n, jnp.int32), self._num_devices)
 
-  def _blocks(self, run_block, state, data, step, checkpoints):
+  def _blocks(self, run_block, state, feed, step, checkpoints):
     """Runs block after block; the report of one waits while the next runs."""
     self._reported_at = began = time.monotonic()
     pending = None
     while step < self._total:
-      n = min(BLOCK, self._steps_per_epoch - step % self._steps_per_epoch)
-      state, block = run_block(state, data, self._count(n))
+      n = min(feed.block, self._steps_per_epoch - step % self._steps_per_epoch)
+      state, block = run_block(state, feed.data(step), self._count(n))
       if pending is not None:
         self._report(*pending)
       pending = step, n, parallel.first(block, self._num_devices)
@@ -227,6 +231,8 @@ class _Loop:
         "count": block.weight_count.astype(int).tolist()})
 
   def _evaluate(self, state: TrainState, step: int) -> None:
+    if not len(self._dataset.calibration.labels):
+      return
     scores = self._score(state.variables, self._dataset.calibration)
     self._write("evaluate", step, {
         "split": "calibration",

@@ -35,8 +35,38 @@ def test_every_config_loads_is_locked_and_builds(file, method):
 
 def test_there_is_a_config_for_every_published_data_set():
   names = {file.stem for file in CONFIG_FILES}
-  assert names >= {"digits", "cifar10_msdnet", "cifar100_msdnet",
-                   "imagenet_msdnet"}
+  assert names >= {"digits", *(
+      f"{data}_{model}" for data in ("cifar10", "cifar100", "imagenet")
+      for model in ("msdnet", "ranet"))}
+
+
+@pytest.mark.parametrize("method", ["l2w", "uniform"])
+@pytest.mark.parametrize("name, size, key, values", [
+    ("cifar10_msdnet", 32, "num_exits", (5, 7)),
+    ("cifar100_msdnet", 32, "num_exits", (5, 7)),
+    ("imagenet_msdnet", 224, "step", (4, 6, 7))])
+def test_every_published_network_is_an_argument(name, size, key, values, method):
+  for value in values:
+    config = l2w_jax.load_config(f"{ROOT}/configs/{name}.py:{value}-{method}")
+    assert config.model[key] == value and config.method == method
+    assert config.model.num_exits in (5, value)
+    l2w_jax.build_backbone(config.model, 10, (size, size, 3))
+  with pytest.raises(ValueError, match="got '3-l2w'"):
+    l2w_jax.load_config(f"{ROOT}/configs/{name}.py:3-l2w")
+
+
+def test_imagenet_is_streamed_as_published():
+  for name in ("msdnet", "ranet"):
+    data = l2w_jax.load_config(f"{ROOT}/configs/imagenet_{name}.py").data
+    assert (data.augment, data.image_size, data.calibration) == (
+        "crop_flip", 224, 50_000)
+    assert len(data.mean) == len(data.std) == 3
+
+
+def test_without_calibration_thresholds_must_be_the_released_ones():
+  with pytest.raises(ValueError, match="calibration=0 holds nothing out.*released"):
+    load(data__calibration=0)
+  load(data__calibration=0, evaluate__calibration="released")
 
 
 @pytest.mark.parametrize("model", config_lib.MODEL_KEYS)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from l2w_jax import config as config_lib
-from l2w_jax.data import augment, resident, sources
+from l2w_jax.data import augment, order, resident, sources
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def make_batch_fn(batch, seed=0, augment="none"):
 @pytest.mark.parametrize("num_train, batch", [(50, 12), (48, 12), (12, 12)])
 def test_an_epoch_shows_no_image_twice(num_train, batch):
   data, batch_fn = counting_data(num_train), make_batch_fn(batch)
-  steps = resident.steps_per_epoch(num_train, batch)
+  steps = order.steps_per_epoch(num_train, batch)
   assert steps == num_train // batch
   epochs = []
   for epoch in range(2):
@@ -101,7 +101,7 @@ def test_augmentation_differs_between_epochs_and_images(digits):
 
 def test_a_train_split_smaller_than_a_batch_is_refused():
   with pytest.raises(ValueError, match="11 images.*batch of 12.*10 or less"):
-    resident.steps_per_epoch(11, 12)
+    order.steps_per_epoch(11, 12)
 
 
 def test_shift_crops_from_a_black_border():

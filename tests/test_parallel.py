@@ -19,7 +19,7 @@ from toy import LinearExits
 import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax import evaluate, parallel, train
-from l2w_jax.data import resident, sources
+from l2w_jax.data import order, resident, sources
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, NUM_TRAIN = 2, 16, 40
@@ -105,7 +105,7 @@ def run_steps(config: ConfigDict, backbone, state, num_devices: int):
   with jax.enable_x64(True):
     run = train.make_block_fn(
         backbone, config, jax.random.key(1),
-        resident.steps_per_epoch(NUM_TRAIN, BATCH), num_devices)
+        order.steps_per_epoch(NUM_TRAIN, BATCH), num_devices)
     state, block = run(*(
         parallel.replicate(x, num_devices) for x in (
             state, resident.arrays(make_dataset(config)), np.int32(STEPS))))

@@ -45,24 +45,13 @@ def test_npz_holds_calibration_out_of_train(tmp_path):
       dataset.std, dataset.train.images.std((0, 1, 2)), rtol=1e-12)
 
 
-def test_the_draw_is_seeded_and_balanced_to_one():
-  split = sources.Split(np.zeros((50, 1, 1, 1), np.uint8), np.arange(50) % 5)
-  left, drawn = sources.hold_out(split, 13)
-  again = sources.hold_out(split, 13)[1]
-  other = sources.hold_out(split, 13, seed=1)[1]
-  np.testing.assert_array_equal(drawn.labels, again.labels)
-  assert len(left.labels) == 37
-  assert sorted(np.bincount(drawn.labels)) == [2, 2, 3, 3, 3]
-  assert sorted(np.bincount(other.labels)) == [2, 2, 3, 3, 3]
-
-
 @pytest.mark.parametrize("changes, message", [
     ({"test_labels": None}, "no array test_labels"),
     ({"train_images": np.zeros((60, 4, 5, 3))}, "must be uint8"),
     ({"test_images": np.zeros((15, 4, 5), np.uint8)}, "must be uint8"),
     ({"train_labels": np.arange(59)}, "must be 60 whole numbers"),
-    ({"train_labels": np.arange(60) % 3 - 1}, "labels count from 0"),
-    ({"class_names": np.array(["a", "b"])}, "only 2 class_names"),
+    ({"train_labels": np.arange(60) % 3 - 1}, "label -1 .* count from 0 to 2"),
+    ({"class_names": np.array(["a", "b"])}, "label 2 .* count from 0 to 1"),
 ])
 def test_broken_npz_is_one_clear_error(tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
@@ -72,7 +61,7 @@ def test_broken_npz_is_one_clear_error(tmp_path, changes, message):
 def test_missing_file_unknown_source_and_too_large_calibration(tmp_path):
   with pytest.raises(ValueError, match="no file"):
     sources.load(data_config("npz:nowhere.npz"))
-  with pytest.raises(ValueError, match="choose one of digits, npz:PATH"):
-    sources.load(data_config("tfds:cifar100"))
+  with pytest.raises(ValueError, match="choose one of digits, npz:PATH, tfds"):
+    sources.load(data_config("mnist:x"))
   with pytest.raises(ValueError, match="set config.data.calibration below 60"):
     sources.load(data_config(save(tmp_path / "x.npz"), calibration=60))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
 
 Images = UInt8[Array, "B H W channels"]
 
@@ -35,3 +36,30 @@ def shift(images: Images, offsets: Int[Array, "B 2"], pad: int) -> Images:
 def flip(images: Images, mirrored: Array) -> Images:
   """Mirrors left-right the images whose entry of `mirrored` [B] is True."""
   return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def draw(config: ConfigDict, key: Array, batch: int) -> dict[str, Array]:
+  """Random numbers that `apply` needs for a batch: offsets [B 2], mirrored [B].
+
+  Args:
+    config: the data config.
+    key: of this batch.
+    batch: B.
+  """
+  offsets_key, flip_key = jax.random.split(key)
+  draws = {}
+  if config.augment in ("shift", "shift_flip"):
+    draws["offsets"] = jax.random.randint(
+        offsets_key, (batch, 2), 0, 2 * config.pad + 1)
+  if config.augment in ("shift_flip", "crop_flip"):
+    draws["mirrored"] = jax.random.bernoulli(flip_key, shape=(batch,))
+  return draws
+
+
+def apply(config: ConfigDict, images: Images, draws: dict[str, Array]) -> Images:
+  """Shifted and mirrored images, as far as the data config asks for it."""
+  if "offsets" in draws:
+    images = shift(images, draws["offsets"], config.pad)
+  if "mirrored" in draws:
+    images = flip(images, draws["mirrored"])
+  return images

@@ -1,0 +1,47 @@
+"""The feed that a loop and an evaluation read from, whichever suits the images.
+
+A feed has `block`, the most steps under one dispatch; `data(step)`, the argument
+of the compiled block of steps that begins there; `make_batch_fn`, which says how
+the compiled step makes the batch {"image", "label"} of it; and `close()`.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from l2w_jax.data.resident import ResidentFeed
+from l2w_jax.data.sources import Dataset, LazyImages
+from l2w_jax.data.streaming import StreamingFeed
+from l2w_jax.data.streaming import batches as lazy_batches
+
+Feed = ResidentFeed | StreamingFeed
+
+
+def make_feed(
+    dataset: Dataset, config: ConfigDict, key: Array, num_devices: int) -> Feed:
+  """The feed of the train split; both kinds give the same batches.
+
+  Args:
+    dataset: lazy images are streamed, others kept on the devices.
+    config: the whole config.
+    key: decides order and augmentation.
+    num_devices: of this process.
+  """
+  if isinstance(dataset.train.images, LazyImages):
+    return StreamingFeed(dataset, config, key, num_devices,
+                         jax.process_index(), jax.process_count())
+  return ResidentFeed(dataset, num_devices)
+
+
+def batches(
+    images: np.ndarray | LazyImages, batch: int) -> Iterator[np.ndarray]:
+  """uint8 [≤ batch H W channels], every image once and in order."""
+  if isinstance(images, LazyImages):
+    yield from lazy_batches(images, batch)
+  else:
+    for start in range(0, len(images), batch):
+      yield images[start:start + batch]

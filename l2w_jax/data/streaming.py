@@ -1,0 +1,160 @@
+"""Feed for sets that stay on disk: Grain decodes in the background.
+
+Images are read, decoded and cropped by threads on the host, batched, and put on
+the devices two batches ahead; shift, mirror and normalisation are those of the
+resident feed, inside the compiled step. What a batch holds, and its every crop, is
+a function of the root key and the step (see `order`), so the position in the data
+is the step that a checkpoint holds: resuming starts there, without reading what
+came before. Several hosts read disjoint rows of each batch, together all of it.
+"""
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from l2w_jax import parallel
+from l2w_jax.data import augment, order, stored
+from l2w_jax.data.order import Batch
+from l2w_jax.data.sources import Dataset, LazyImages
+from l2w_jax.parallel import ONE_DEVICE, Collectives
+
+AHEAD = 2  # batches that wait on the devices
+
+
+def make_batch_fn(
+    config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE,
+) -> Callable[[Batch, Int[Array, ""]], Batch]:
+  """(data, step) -> the batch of that step; `data` holds this device's images."""
+  _, augment_key = order.keys(key)
+
+  def batch_fn(data: Batch, step: Int[Array, ""]) -> Batch:
+    draws = augment.draw(
+        config.data, jax.random.fold_in(augment_key, step), config.batch)
+    draws = jax.tree.map(devices.own_halves, draws)
+    images = augment.apply(config.data, data["image"], draws)
+    return {"image": augment.normalize(images, data["mean"], data["std"]),
+            "label": data["label"]}
+
+  return batch_fn
+
+
+class StreamingFeed:
+  """Batches made in the background; see `feeds.make_feed`.
+
+  Args:
+    dataset: with lazy images.
+    config: the whole config.
+    key: root key of the feed.
+    num_devices: of this host.
+    host, num_hosts: which rows of a batch are this host's.
+  """
+
+  block = 1  # steps under one dispatch
+  make_batch_fn = staticmethod(make_batch_fn)
+
+  def __init__(self, dataset: Dataset, config: ConfigDict, key: Array,
+               num_devices: int, host: int = 0, num_hosts: int = 1):
+    self._num_devices = num_devices
+    self._rows = parallel.rows_of_host(
+        config.batch, num_devices, host, num_hosts)
+    self._samples = _samples(dataset, config, key, self._rows)
+    self._replicated = parallel.replicate(
+        {"mean": np.asarray(dataset.mean, np.float32),
+         "std": np.asarray(dataset.std, np.float32)}, num_devices)
+    self._batches, self._step, self._batch = None, None, None
+
+  def data(self, step: int) -> Batch:
+    """Images and labels of a step, on the devices.
+
+    Asking for the next step is quick, for the same one free; any other step
+    starts reading there.
+    """
+    if step == self._step:
+      return self._batch
+    if self._batches is None or step != self._step + 1:
+      self.close()
+      self._batches = self._start(step)
+    self._batch, self._step = None, step  # lets go of the last one first
+    self._batch = next(self._batches) | self._replicated
+    return self._batch
+
+  def close(self) -> None:
+    """Stops reading."""
+    if self._batches is not None:
+      self._batches.close()
+    self._batches, self._step, self._batch = None, None, None
+
+  def _start(self, step: int) -> Iterator[Batch]:
+    from grain import experimental
+    batches = pipeline(
+        self._samples[step * len(self._rows):], len(self._rows))
+    batches = batches.map(lambda batch: {
+        name: parallel.put_rows(x, self._num_devices)
+        for name, x in zip(("image", "label"), batch, strict=True)})
+    return iter(experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=AHEAD))
+
+
+def pipeline(samples, batch: int):
+  """Grain dataset of tuples of arrays [≤ batch …] from one of tuples [ … ].
+
+  Samples are made by as many threads as there are cores, in order.
+  """
+  import grain
+  threads = stored.num_threads()
+  return samples.to_iter_dataset(grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=max(4 * threads, batch))).batch(
+          batch, batch_fn=lambda rows: tuple(
+              map(np.stack, zip(*rows, strict=True))))
+
+
+def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
+  """uint8 [≤ batch H W channels], every image once and in order."""
+  import grain
+  from grain import experimental
+  samples = grain.MapDataset.range(len(images)).map(
+      lambda i: (images.middle(i),))
+  found = iter(experimental.ThreadPrefetchIterDataset(
+      pipeline(samples, batch), prefetch_buffer_size=1))
+  try:
+    for (rows,) in found:
+      yield rows
+  finally:
+    found.close()
+
+
+def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray):
+  """Grain dataset of (image, label), one host's rows of all steps in a row."""
+  import grain
+  train, (order_key, augment_key) = dataset.train, order.keys(key)
+  num_train = len(train.labels)
+  steps = order.steps_per_epoch(num_train, config.batch)
+  crops = config.data.augment == "crop_flip"
+  crop_seed = [int(x) for x in jax.random.key_data(augment_key)]
+  crop_seed = crop_seed[0] << 32 | crop_seed[1]
+  lock = threading.Lock()
+
+  @functools.lru_cache(maxsize=2)
+  def epoch_order(epoch: int) -> np.ndarray:
+    return np.asarray(order.epoch_order(order_key, epoch, num_train))
+
+  def sample(position: int) -> tuple[np.ndarray, np.int32]:
+    step, row = divmod(int(position), len(rows))
+    row = int(rows[row])  # in the batch of all hosts
+    epoch, t = divmod(step, steps)
+    with lock:  # a hundred threads would all shuffle a new epoch
+      i = epoch_order(epoch)[t * config.batch + row]
+    if not crops:
+      return train.images.middle(i), train.labels[i]
+    # One stream of numbers for each image of the run, whoever reads it.
+    rng = np.random.Generator(np.random.Philox(
+        key=crop_seed, counter=[0, 0, 0, step * config.batch + row]))
+    return train.images.random_crop(i, rng), train.labels[i]
+
+  return grain.MapDataset.range(config.epochs * steps * len(rows)).map(sample)
