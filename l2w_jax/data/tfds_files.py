@@ -7,7 +7,6 @@ the record, 4 bytes checksum.
 """
 from __future__ import annotations
 
-import itertools
 import os
 import pathlib
 import struct
@@ -161,34 +160,47 @@ def open_tfds(
     ValueError: unknown, not prepared, in an unknown format, or not a set of
       images with one label each.
   """
-  import tensorflow_datasets as tfds
-  builder = _builder(tfds, name, data_dir)
+  prepared = builder(name, data_dir)
   prepare = (f"python -m l2w_jax.data.prepare {name}"
              + (f" --data_dir={data_dir}" if data_dir else ""))
-  if not builder.info.splits:
+  if not prepared.info.splits:
     raise ValueError(
-        f"tfds:{name} is not prepared in {builder.data_path}; prepare it with "
+        f"tfds:{name} is not prepared in {prepared.data_path}; prepare it with "
         f"{prepare} (it downloads the set), or set config.data.data_dir to the "
         "directory that holds it")
-  file_format = builder.info.file_format.value
+  file_format = prepared.info.file_format.value
   if file_format not in ("array_record", "tfrecord"):
     raise ValueError(
-        f"{builder.data_path} is in the format {file_format}; only array_record "
+        f"{prepared.data_path} is in the format {file_format}; only array_record "
         f"and tfrecord can be read. Prepare it again elsewhere with {prepare}")
-  class_names = _class_names(tfds, name, builder.info)
-  splits = builder.info.splits
+  class_names = _class_names(name, prepared.info)
+  splits = prepared.info.splits
   if "train" not in splits:
     raise ValueError(f"tfds:{name} has no train split, only {', '.join(splits)}")
   for split in ("test", "validation"):
     if split in splits and splits[split].num_examples:
-      records = TfdsRecords(builder, split)
-      if records.read(0)[1] >= 0:
-        return TfdsRecords(builder, "train"), records, class_names
+      records = TfdsRecords(prepared, split)
+      if _is_labelled(records):
+        return TfdsRecords(prepared, "train"), records, class_names
   raise ValueError(f"tfds:{name} has no labelled test or validation split, only "
                    f"{', '.join(splits)}")
 
 
-def _builder(tfds: Any, name: str, data_dir: str) -> Any:
+def _is_labelled(records: TfdsRecords) -> bool:
+  """Whether a split has labels; TFDS writes -1 where it has none."""
+  try:
+    return records.read(0)[1] >= 0
+  except Exception:  # an unreadable record is named when all are read
+    return True
+
+
+def builder(name: str, data_dir: str) -> Any:
+  """The TFDS builder of a set, prepared or not; empty data_dir: TFDS's default.
+
+  Raises:
+    ValueError: TFDS does not know the set, or the directory does not exist.
+  """
+  import tensorflow_datasets as tfds
   if data_dir and not pathlib.Path(data_dir).is_dir():
     raise ValueError(
         f"no directory {data_dir} (config.data.data_dir); prepare a set in it "
@@ -204,7 +216,8 @@ def _builder(tfds: Any, name: str, data_dir: str) -> Any:
                      f"{error}; install what it names") from error
 
 
-def _class_names(tfds: Any, name: str, info: Any) -> tuple[str, ...]:
+def _class_names(name: str, info: Any) -> tuple[str, ...]:
+  import tensorflow_datasets as tfds
   features = info.features
   keys = info.supervised_keys or ("image", "label")
   if not (isinstance(features, dict | tfds.features.FeaturesDict)
@@ -215,5 +228,4 @@ def _class_names(tfds: Any, name: str, info: Any) -> tuple[str, ...]:
           and features[keys[0]].shape[-1] in (1, 3)):
     raise ValueError(f"tfds:{name} is not a set of images with one label each; "
                      f"its features are {', '.join(features)}")
-  label = features[keys[1]]
-  return tuple(itertools.islice(label.names, label.num_classes))
+  return tuple(features[keys[1]].names)
