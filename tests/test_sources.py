@@ -6,10 +6,12 @@ from l2w_jax import config as config_lib
 from l2w_jax.data import sources
 
 
-def data_config(source, calibration=12):
+def data_config(source, calibration=12, **changes):
   config = config_lib.defaults()
-  config.data.source = str(source)
-  config.data.calibration = calibration
+  config.data.update(
+      {"source": str(source), "calibration": calibration} | changes)
+  if not calibration:
+    config.evaluate.calibration = "released"
   return config_lib.validate(config).data
 
 
@@ -65,3 +67,99 @@ def test_missing_file_unknown_source_and_too_large_calibration(tmp_path):
     sources.load(data_config("mnist:x"))
   with pytest.raises(ValueError, match="set config.data.calibration below 60"):
     sources.load(data_config(save(tmp_path / "x.npz"), calibration=60))
+
+
+def test_an_npz_that_cannot_be_read(tmp_path):
+  path = tmp_path / "x.npz"
+  path.write_bytes(b"PK no zip")
+  with pytest.raises(ValueError, match="x.npz is not an .npz file"):
+    sources.load(data_config(f"npz:{path}"))
+  np.save(tmp_path / "y.npy", np.zeros(3))
+  with pytest.raises(ValueError, match="y.npy is not an .npz file"):
+    sources.load(data_config(f"npz:{tmp_path}/y.npy"))
+  source = save(path, train_labels=np.array([{}] * 60))
+  with pytest.raises(ValueError, match="array train_labels .* cannot be read"):
+    sources.load(data_config(source))
+  source = save(path)
+  contents = bytearray(path.read_bytes())
+  contents[200:400] = bytes(200)
+  path.write_bytes(contents)
+  with pytest.raises(ValueError, match="array train_images .* cannot be read"):
+    sources.load(data_config(source))
+
+
+def test_samples_are_in_the_order_of_their_pixels(tmp_path):
+  whole = arrays()
+  shuffled = np.random.default_rng(1).permutation(60)
+  ours, theirs = (sources.load(data_config(save(tmp_path / "x.npz", **changes)))
+                  for changes in ({}, {
+                      name: whole[name][shuffled]
+                      for name in ("train_images", "train_labels")}))
+  for a, b in zip(ours.train + ours.calibration,
+                  theirs.train + theirs.calibration, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_tail_and_noise_change_the_train_split_alone(tmp_path):
+  source = save(tmp_path / "x.npz")
+  plain = sources.load(data_config(source))
+  changed, again, other = (
+      sources.load(data_config(source, imbalance=4, label_noise=0.25, seed=seed))
+      for seed in (0, 0, 1))
+  # 16 images of each class are left to train on; 16 + 8 + 4 with factor 4.
+  assert len(changed.train.labels) == 28
+  known = {image.tobytes(): label for image, label in zip(
+      *plain.train, strict=True)}
+  true = np.array([known[image.tobytes()] for image in changed.train.images])
+  np.testing.assert_array_equal(np.bincount(true), [16, 8, 4])
+  assert (true != changed.train.labels).sum() == 7
+  for name in ("calibration", "test"):
+    for a, b in zip(getattr(plain, name), getattr(changed, name), strict=True):
+      np.testing.assert_array_equal(a, b)
+  np.testing.assert_array_equal(changed.train.labels, again.train.labels)
+  assert {x.tobytes() for x in other.calibration.images} != {
+      x.tobytes() for x in changed.calibration.images}
+
+
+def test_everything_can_be_trained_on(tmp_path):
+  dataset = sources.load(data_config(save(tmp_path / "x.npz"), calibration=0))
+  assert len(dataset.train.labels) == 60
+  assert dataset.calibration.images.shape == (0, 4, 5, 3)
+  digits = sources.load(data_config("digits", calibration=0))
+  assert len(digits.train.labels) == 1077 + 360
+  assert not len(digits.calibration.labels)
+
+
+def test_synthetic_images_are_of_the_shape_asked_for():
+  dataset = sources.load(data_config("synthetic:6x5x3", calibration=100))
+  assert dataset.image_shape == (6, 5, 3) and dataset.num_classes == 100
+  assert len(dataset.train.labels) == 20_000 - 100
+  assert len(dataset.test.labels) == 2000
+  again = sources.load(data_config("synthetic:6x5x3", calibration=100))
+  np.testing.assert_array_equal(dataset.test.images, again.test.images)
+  for shape in ("6x5", "0x5x3", "axbxc"):
+    with pytest.raises(ValueError, match="HEIGHTxWIDTHxCHANNELS"):
+      sources.load(data_config(f"synthetic:{shape}"))
+
+
+def test_pixel_statistics_can_be_given(tmp_path):
+  source = save(tmp_path / "x.npz")
+  dataset = sources.load(data_config(source, mean=(1, 2, 3), std=(4, 5, 6)))
+  assert dataset.mean.tolist() == [1, 2, 3] and dataset.std.tolist() == [4, 5, 6]
+  with pytest.raises(ValueError, match="need 3 number.*got \\(1,\\)"):
+    sources.load(data_config(source, mean=(1,), std=(4,)))
+
+
+def test_large_sets_give_statistics_of_every_s_th_image(tmp_path, monkeypatch):
+  config = data_config(save(tmp_path / "x.npz"), feed="resident")
+  monkeypatch.setattr(sources, "LIMIT", 48 * 60 // 3)
+  dataset = sources.load(config)
+  np.testing.assert_allclose(
+      dataset.mean, dataset.train.images[::3].mean((0, 1, 2)), rtol=1e-12)
+
+
+def test_train_and_test_images_of_two_sizes(tmp_path):
+  source = save(tmp_path / "x.npz", test_images=np.zeros((15, 6, 6, 3), np.uint8))
+  with pytest.raises(ValueError, match=r"\(4, 5, 3\).*\(6, 6, 3\).*image_size"):
+    sources.load(data_config(source))
+  assert sources.load(data_config(source, image_size=4)).image_shape == (4, 4, 3)

@@ -47,17 +47,17 @@ class LazyImages:
 
   def __getitem__(self, rows) -> np.ndarray:
     """`middle` of the images of an index array or a slice."""
-    rows = np.arange(len(self))[rows]
-    return np.stack([self.middle(i) for i in rows]) if len(rows) else np.zeros(
+    rows = np.arange(len(self))[rows].tolist()
+    return np.stack([self.middle(i) for i in rows]) if rows else np.zeros(
         (0, *self.shape[1:]), np.uint8)
 
   def middle(self, i: int) -> np.ndarray:
     """uint8 [H W channels]: image i as evaluation sees it."""
-    return pixels.middle(self._load(self._numbers[i]), self._size)
+    return pixels.middle(self._load(int(self._numbers[i])), self._size)
 
   def random_crop(self, i: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [H W channels]: a random crop of image i, resized."""
-    return pixels.random_crop(self._load(self._numbers[i]), self._size, rng)
+    return pixels.random_crop(self._load(int(self._numbers[i])), self._size, rng)
 
   def keep(self, rows: np.ndarray) -> LazyImages:
     """The images of an index or bool array."""
@@ -311,19 +311,19 @@ def _npz(where: str, config: ConfigDict) -> Source:
 
 
 def _read_npz(path: pathlib.Path, wanted: list[str]) -> dict[str, np.ndarray]:
-  try:
-    arrays = np.load(path)
-    names = arrays.files
-  except Exception as error:  # whatever a file that is no zip brings
-    raise ValueError(
-        f"{path} is not an .npz file ({error}); it must hold "
-        f"{', '.join(wanted)}, as np.savez writes them") from error
-  missing = [name for name in wanted if name not in names]
-  if missing:
-    raise ValueError(f"{path} has no array {missing[0]}; it must hold "
-                     f"{', '.join(wanted)}, and holds {', '.join(names)}")
   found = {}
-  with arrays:
+  with path.open("rb") as file:
+    try:
+      arrays = np.load(file)
+      names = arrays.files
+    except Exception as error:  # whatever a file that is no zip brings
+      raise ValueError(
+          f"{path} is not an .npz file ({error}); it must hold "
+          f"{', '.join(wanted)}, as np.savez writes them") from error
+    missing = [name for name in wanted if name not in names]
+    if missing:
+      raise ValueError(f"{path} has no array {missing[0]}; it must hold "
+                       f"{', '.join(wanted)}, and holds {', '.join(names)}")
     for name in [*wanted, *({"class_names"} & set(names))]:
       try:
         found[name] = arrays[name]

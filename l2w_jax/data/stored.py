@@ -72,7 +72,7 @@ def in_threads(
     unit: str = "image") -> Iterator[Any]:
   """work(row) of every row, in order, on all cores, with a progress line."""
   def chunk(part):
-    return [work(row) for row in part]
+    return list(map(work, part))
 
   parts = [rows[start:start + CHUNK] for start in range(0, len(rows), CHUNK)]
   done = 0
@@ -119,11 +119,11 @@ def check_one_size(records: Records, index: Index) -> None:
   """Raises ValueError unless all images are of one size."""
   other = np.flatnonzero((index.shapes != index.shapes[0]).any(axis=1))
   if len(other):
-    (h, w), (other_h, other_w) = index.shapes[0], index.shapes[other[0]]
+    one, another = (
+        "{1}×{0} pixels".format(*index.shapes[i]) + " in "
+        + records.where(int(index.rows[i])) for i in (0, other[0]))
     raise ValueError(
-        f"images of {records.title} differ in size: "
-        f"{records.where(index.rows[0])} has {w}×{h} pixels, "
-        f"{records.where(index.rows[other[0]])} {other_w}×{other_h}; set "
+        f"images of {records.title} differ in size: {one}, {another}; set "
         "config.data.image_size to bring them to one")
 
 
@@ -167,7 +167,8 @@ def _examine(records: Records, view) -> tuple[dict[str, np.ndarray], list]:
 
 def _judge(records: Records, bad, reasons, corrupt: str) -> None:
   """Names and counts unreadable images; raises unless they are to be skipped."""
-  if not len(bad):
+  bad = bad.tolist()
+  if not bad:
     return
   named = "; ".join(f"{records.where(i)} ({reason})"
                     for i, reason in zip(bad[:3], reasons[:3], strict=True))
@@ -195,7 +196,7 @@ def cached(
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   path = pathlib.Path(home) / "l2w_jax" / f"{kind}-{key.hexdigest()}.npz"
   try:
-    with np.load(path) as arrays:
+    with path.open("rb") as file, np.load(file) as arrays:
       return dict(arrays)
   except FileNotFoundError:
     pass

@@ -119,7 +119,7 @@ def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
   import grain
   from grain import experimental
   samples = grain.MapDataset.range(len(images)).map(
-      lambda i: (images.middle(i),))
+      lambda i: (images.middle(int(i)),))
   found = iter(experimental.ThreadPrefetchIterDataset(
       pipeline(samples, batch), prefetch_buffer_size=1))
   try:
@@ -149,7 +149,7 @@ def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray)
     row = int(rows[row])  # in the batch of all hosts
     epoch, t = divmod(step, steps)
     with lock:  # a hundred threads would all shuffle a new epoch
-      i = epoch_order(epoch)[t * config.batch + row]
+      i = int(epoch_order(epoch)[t * config.batch + row])
     if not crops:
       return train.images.middle(i), train.labels[i]
     # One stream of numbers for each image of the run, whoever reads it.
