@@ -213,22 +213,28 @@ class _Loop:
                if np.isfinite(rows[i])},
             "images_per_second": speed})
     done = step + n
+    # What one resident block holds, a streaming feed gives in many.
+    if step % self._steps_per_epoch % BLOCK == 0:
+      self._weights = (0, 0)
+    self._weights = (self._weights[0] + block.weight_sum,
+                     self._weights[1] + block.weight_count)
     self._progress.update(done, {
         **{name: rows[-1] for name, rows in means.items()},
         "epoch": math.ceil(done / self._steps_per_epoch)})
     if self._config.method == "l2w" and self._due(
         done, self._config.log.weights_every):
-      self._write_weights(done, block)
+      self._write_weights(done, *self._weights)
 
-  def _write_weights(self, step: int, block: Block) -> None:
-    mean = block.weight_sum / np.maximum(block.weight_count, 1)
+  def _write_weights(
+      self, step: int, total: np.ndarray, counts: np.ndarray) -> None:
+    mean = total / np.maximum(counts, 1)
     self._write("weights", step, {
         "loss_bins": loss_edges(self._backbone.num_classes).tolist(),
         "mean_weight": [
             [float(m) if count else None
              for m, count in zip(means, counts, strict=True)]
-            for means, counts in zip(mean, block.weight_count, strict=True)],
-        "count": block.weight_count.astype(int).tolist()})
+            for means, counts in zip(mean, counts, strict=True)],
+        "count": counts.astype(int).tolist()})
 
   def _evaluate(self, state: TrainState, step: int) -> None:
     if not len(self._dataset.calibration.labels):

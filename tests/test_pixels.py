@@ -85,4 +85,5 @@ def test_where_no_draw_fits_the_middle_is_taken(size, box):
 def test_a_random_crop_of_the_whole_is_the_image(monkeypatch):
   image = ramp(8, 8)
   monkeypatch.setattr(pixels, "random_box", lambda w, h, rng: (0, 0, w, h))
-  np.testing.assert_array_equal(pixels.random_crop(image, 8, np.random.default_rng(0)), image)
+  rng = np.random.default_rng(0)
+  np.testing.assert_array_equal(pixels.random_crop(image, 8, rng), image)

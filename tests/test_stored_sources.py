@@ -198,7 +198,8 @@ def test_images_of_several_sizes_need_a_size(kept, tmp_path):
   path = root / "train/class 00/wide.JPEG"
   Image.new("L", (60, 40), 9).save(path)
   for feed in ("resident", "streaming"):
-    with pytest.raises(ValueError, match="differ in size: .*60×40 pixels in .*image_size"):
+    with pytest.raises(
+        ValueError, match="differ in size: .*60×40 pixels in .*image_size"):
       sources.load(data_config(f"folder:{root}", feed=feed))
   ours, theirs = (sources.load(data_config(
       f"folder:{root}", feed=feed, image_size=16))
