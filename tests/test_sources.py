@@ -117,6 +117,9 @@ def test_tail_and_noise_change_the_train_split_alone(tmp_path):
     for a, b in zip(getattr(plain, name), getattr(changed, name), strict=True):
       np.testing.assert_array_equal(a, b)
   np.testing.assert_array_equal(changed.train.labels, again.train.labels)
+  noisy, other_noise = (sources.load(data_config(
+      "digits", label_noise=0.25, seed=seed)).train.labels for seed in (0, 1))
+  assert not np.array_equal(noisy, other_noise)
   assert {x.tobytes() for x in other.calibration.images} != {
       x.tobytes() for x in changed.calibration.images}
 
