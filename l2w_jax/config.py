@@ -97,6 +97,8 @@ _EVERY_MODEL = {
     "init": _choice(
         "pytorch", ("pytorch", "he"),
         "kernels: uniform ±1/√fan_in, or normal of variance 2/(k²·C_out)"),
+    "remat": _flag(
+        False, "compute each stage anew in derivatives: less memory, slower"),
 }
 
 MODEL_KEYS = {

@@ -37,7 +37,8 @@ def build_backbone(
       name: tuple(value) if isinstance(value, (tuple, list)) else value
       for name, value in config.items()}
   del fields["name"]
+  remat = fields.pop("remat")
   # `init` is a method of every Flax module.
   fields["initializer"] = fields.pop("init")
   module = network(num_classes=num_classes, **fields)
-  return Backbone(module, num_classes, tuple(image_shape))
+  return Backbone(module, num_classes, tuple(image_shape), remat)

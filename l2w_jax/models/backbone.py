@@ -26,10 +26,14 @@ from l2w_jax.models.layers import EVALUATE, Mode
 Variables = dict[str, PyTree]
 
 
-def _all_stages(module: nn.Module, images: Array, mode: Mode) -> Array:
+def _all_stages(
+    module: nn.Module, images: Array, mode: Mode, remat: bool = False) -> Array:
+  stage = type(module).stage
+  if remat:
+    stage = nn.remat(stage, static_argnums=(1, 3))
   carry, logits = images, []
   for k in range(module.num_exits):
-    carry, logits_k = module.stage(k, carry, mode)
+    carry, logits_k = stage(module, k, carry, mode)
     logits.append(logits_k)
   return jnp.stack(logits, axis=1)
 
@@ -42,10 +46,13 @@ class Backbone:
     module: the network, a Flax module with `num_exits` and `stage`.
     num_classes: C.
     image_shape: (H, W, channels) of the images it was checked and counted for.
+    remat: whether a derivative keeps only what passes from stage to stage, and
+      computes the inside of each anew. Less memory, more operations.
   """
   module: Any
   num_classes: int
   image_shape: tuple[int, int, int]
+  remat: bool = False
 
   @property
   def num_exits(self) -> int:
@@ -95,7 +102,7 @@ class Backbone:
     """
     run = functools.partial(
         self.module.apply, variables, images, Mode(train, axis_name),
-        method=_all_stages)
+        self.remat, method=_all_stages)
     if not train:
       return run()
     logits, updated = run(mutable=["batch_stats"])

@@ -10,13 +10,14 @@ linear) is one class here or is called by one, so that `cost` can watch them.
 """
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from l2w_jax.models import initializers
 from l2w_jax.models.conv import conv2d
@@ -78,37 +79,74 @@ class BatchNorm(nn.Module):
     mean = self.variable("batch_stats", "mean", zeros, shape)
     var = self.variable("batch_stats", "var", ones, shape)
     if not mode.train:
-      return _normalize(x, mean.value, var.value, scale, bias)
-    batch_mean, batch_var, count = _moments(x, mode.axis_name)
+      factor = scale * jax.lax.rsqrt(var.value + BN_EPS)
+      return (x - mean.value) * factor + bias
+    count = _num_values(x, mode.axis_name)
+    y, batch_mean, batch_var = _normalize(mode.axis_name, x, scale, bias)
     if not self.is_initializing():
       unbiased = batch_var * (count / (count - 1))
       mean.value += BN_MOMENTUM * (batch_mean - mean.value)
       var.value += BN_MOMENTUM * (unbiased - var.value)
-    return _normalize(x, batch_mean, batch_var, scale, bias)
+    return y
 
 
-def _normalize(x, mean, var, scale, bias):
-  return (x - mean) * (scale * jax.lax.rsqrt(var + BN_EPS)) + bias
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalize(axis_name: str | None, x: Image, scale: Array, bias: Array):
+  """(y, mean, biased variance) with the statistics of the batch."""
+  mean, var = _moments(x, axis_name)
+  return (x - mean) * (scale * jax.lax.rsqrt(var + BN_EPS)) + bias, mean, var
 
 
-def _moments(x: Image, axis_name: str | None):
-  """Mean and biased variance per channel, and over how many values each."""
-  axes = (0, 1, 2)
+@_normalize.defjvp
+def _normalize_jvp(axis_name, primals, tangents):
+  """The derivative in two sums over the batch, forwards as in reverse.
+
+  Automatic differentiation of the definition takes four: it sums again what
+  adds up to zero.
+  """
+  x, scale, _ = primals
+  x_dot, scale_dot, bias_dot = tangents
+  y, mean, var = _normalize(axis_name, *primals)
+  centred, inverse = x - mean, jax.lax.rsqrt(var + BN_EPS)
+  mean_dot, product_dot = _mean((x_dot, centred * x_dot), axis_name)
+  var_dot = 2 * product_dot
+  # y = centred · factor + bias, by the product rule; what depends on the
+  # channel alone is gathered first.
+  factor = scale * inverse
+  factor_dot = scale_dot * inverse - 0.5 * factor * inverse**2 * var_dot
+  y_dot = x_dot * factor + centred * factor_dot + (
+      bias_dot - factor * mean_dot)
+  return (y, mean, var), (y_dot, mean_dot, var_dot)
+
+
+def _num_values(x: Image, axis_name: str | None) -> int:
+  """Over how many values each channel is normalised, on all devices."""
   count = x.size // x.shape[-1]
-  mean = x.mean(axes)
-  var = jnp.square(x - mean).mean(axes)
   if axis_name is not None:
     count *= jax.lax.axis_size(axis_name)
-    # One collective: the variance over all devices is the mean variance plus
-    # the variance of the means.
-    local = mean
-    mean, square, var = jax.lax.pmean((mean, local**2, var), axis_name)
-    var += jnp.maximum(square - mean**2, 0)
   if count < 2:
     raise ValueError(
         f"BatchNorm in training needs more than one value per channel, got an "
         f"activation of shape {x.shape}; use a larger batch or image")
-  return mean, var, count
+  return count
+
+
+def _mean(tree: PyTree, axis_name: str | None) -> PyTree:
+  """Means per channel, over all devices in one collective."""
+  means = jax.tree.map(lambda x: x.mean((0, 1, 2)), tree)
+  return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+
+def _moments(x: Image, axis_name: str | None) -> tuple[Array, Array]:
+  """Mean and biased variance per channel."""
+  mean = x.mean((0, 1, 2))
+  var = jnp.square(x - mean).mean((0, 1, 2))
+  if axis_name is not None:
+    # One collective: the variance over all devices is the mean variance plus
+    # the variance of the means.
+    mean, square, var = jax.lax.pmean((mean, mean**2, var), axis_name)
+    var += jnp.maximum(square - mean**2, 0)
+  return mean, var
 
 
 class ConvBNReLU(nn.Module):
