@@ -13,6 +13,7 @@ SECONDS = 3
 ORDER = """
     config parallel losses weighting allocation meta progress
     exit_policy
+    exit_targets temperature
     models
     train_state
     train_step
