@@ -283,14 +283,35 @@ def restore(
   """(state, info) of the latest sound checkpoint of a run directory.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is none, or the run was for other classes or images.
   """
+  check_same_images(workdir, backbone.num_classes, backbone.image_shape)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     restored = checkpoints.restore(abstract_state(backbone, config))
   if restored is None:
     raise ValueError(f"workdir {workdir} has no checkpoint yet; train it first "
                      "with --mode=train")
   return restored
+
+
+def check_same_images(
+    workdir: pathlib.Path, num_classes: int, image_shape: tuple[int, int, int],
+) -> None:
+  """Raises ValueError if a run was evaluated on other classes or images.
+
+  Its weights alone do not tell: they take images of another size.
+  """
+  try:
+    results = json.loads((workdir / "results.json").read_text())
+    made_for = (results["num_classes"], tuple(results["image_shape"]))
+  except (OSError, ValueError, KeyError, TypeError):
+    return  # not evaluated yet
+  if made_for != (num_classes, tuple(image_shape)):
+    raise ValueError(
+        f"workdir {workdir} was trained for {made_for[0]} classes and images of "
+        f"{'×'.join(map(str, made_for[1]))}, but its data now has {num_classes} "
+        f"and {'×'.join(map(str, image_shape))}; give it the data it was "
+        "trained on, or train into another workdir")
 
 
 def _write_samples(workdir, dataset, test, thresholds):

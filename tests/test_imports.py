@@ -11,7 +11,7 @@ HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "matplotlib", "torch",
 SECONDS = 3
 # From the bottom up; those on one line do not import each other.
 ORDER = """
-    config parallel losses weighting allocation meta progress
+    config parallel losses weighting allocation meta progress deferral
     exit_policy
     exit_targets temperature
     models
@@ -20,9 +20,10 @@ ORDER = """
     data
     checkpoint
     metrics_log
-    early_exit report
+    report
     evaluate
-    convert train
+    convert early_exit train
+    export latency
     main
 """
 RANK = {name: rank for rank, line in enumerate(ORDER.split("\n"))
