@@ -102,8 +102,8 @@ def test_stages_give_the_logits_of_the_whole_network(name):
   logits = network.backbone.apply(network.variables, x)
   expected_prediction, expected = exit_policy.confidence(logits)
   np.testing.assert_array_equal(prediction, expected_prediction)
-  # Float32, other fusions.
-  np.testing.assert_allclose(confidence, expected, rtol=1e-5)
+  # Float32, other fusions, through 40 layers and logits of up to 50.
+  np.testing.assert_allclose(confidence, expected, rtol=1e-4)
 
 
 def test_one_image_is_answered_by_one_program(network, compilations):
