@@ -35,6 +35,7 @@ setuptools.setup(
         # Every run ends in pictures, so the first command needs it; imported
         # by the report only.
         "matplotlib",
+        "flatbuffers",  # serialised by --mode=export; pure Python, small
         # numpy, absl-py and tqdm, used too, are declared by those above.
     ],
     extras_require={

@@ -219,6 +219,12 @@ KEYS = {
             "held_out", ("held_out", "released"),
             "search for thresholds: never beyond a budget, or as released, "
             "which may also search on the train split"),
+        "confidence": _choice(
+            "probability", ("probability", "margin", "entropy", "patience"),
+            "what an exit's threshold is compared with"),
+        "target": _text(
+            "q:0.75", "thresholds to run and export with: q:Q, macs:M, "
+            "accuracy:A or risk:R:DELTA"),
     },
     "log": {
         "every": _integer(

@@ -21,7 +21,14 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import checkpoint, exit_policy, losses, models, parallel
+from l2w_jax import (
+    checkpoint,
+    exit_policy,
+    exit_targets,
+    models,
+    parallel,
+    temperature,
+)
 from l2w_jax.data import augment, feeds, sources
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.progress import Progress
@@ -34,11 +41,13 @@ SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
 class Scores(NamedTuple):
   """What thresholds and curves need, for the N samples of a split.
 
-  confidence: float32 [N K]; prediction: int32 [N K]; correct: bool [N K].
+  confidence: float32 [N K], by the measure of the config; prediction: int32
+  [N K]; correct: bool [N K]; logits: float32 [N K C].
   """
   confidence: np.ndarray
   prediction: np.ndarray
   correct: np.ndarray
+  logits: np.ndarray
 
 
 def compile_scorer(
@@ -55,7 +64,9 @@ def compile_scorer(
 
   def forward(variables, images):
     logits = backbone.apply(variables, augment.normalize(images, mean, std))
-    return losses.confidence(logits), logits.argmax(axis=-1).astype(jnp.int32)
+    prediction, confidence = exit_policy.confidence(
+        logits, config.evaluate.confidence)
+    return confidence, prediction, logits
 
   images = parallel.split_rows(
       np.zeros((batch, *dataset.image_shape), np.uint8), num_devices)
@@ -70,10 +81,10 @@ def compile_scorer(
           np.pad(images, padding), num_devices))
       parts.append([parallel.merge_rows(np.asarray(x), num_devices)
                     [:len(images)] for x in outputs])
-    confidence, prediction = map(
+    confidence, prediction, logits = map(
         np.concatenate, zip(*parts, strict=True))
-    return Scores(
-        confidence, prediction, prediction == split.labels[:, None])
+    return Scores(confidence, prediction,
+                  prediction == split.labels[:, None], logits)
 
   return score
 
@@ -85,9 +96,11 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
     what results.json holds.
 
   Raises:
-    ValueError: no checkpoint in the workdir.
+    ValueError: no checkpoint in the workdir, NaN logits, or a target that no
+      thresholds reach.
   """
   began = time.monotonic()
+  target = exit_targets.parse(config.evaluate.target)
   dataset = sources.load(config.data)
   num_devices = parallel.num_local_devices(config.num_devices)
   backbone = models.build_backbone(
@@ -116,12 +129,22 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
       "dataset": config.data.source,
       "num_classes": dataset.num_classes,
       "image_shape": list(dataset.image_shape),
+      "class_names": list(dataset.class_names),
+      "mean": np.asarray(dataset.mean, float).tolist(),
+      "std": np.asarray(dataset.std, float).tolist(),
       "samples": {name: len(getattr(dataset, name).labels)
                   for name in ("train", "calibration", "test")},
       "params": int(backbone.params_to_exit[-1]),
       "params_to_exit": backbone.params_to_exit.tolist(),
       "macs": backbone.macs.tolist(),
       **curves(calibration, test, backbone.macs, thresholds),
+      "confidence": config.evaluate.confidence,
+      "chosen": {"target": config.evaluate.target, **operating_point(
+          target, calibration, test, dataset, backbone.macs,
+          config.evaluate.calibration)},
+      "dominating": dominating(calibration, test, backbone.macs, thresholds),
+      "temperatures": temperatures(
+          calibration, chosen_on.labels, test),
       "step": int(state.step),
       "epochs": config.epochs,
       "seconds": {**info["seconds"], "evaluate": time.monotonic() - began},
@@ -167,14 +190,88 @@ def curves(
            "accuracy": float(anytime[k]),
            "calibration_accuracy": float(anytime_calibration[k])}
           for k in range(len(macs))],
-      "budgeted": [
-          {"q": q, "thresholds": [_json_number(t) for t in thresholds[i]],
-           "calibration_accuracy": float(budgeted_calibration.accuracy[i]),
-           "accuracy": float(budgeted.accuracy[i]),
-           "macs": float(budgeted.macs[i]),
-           "exits": [float(f) for f in budgeted.exits[i]]}
-          for i, q in enumerate(QS)],
+      "budgeted": _rows(thresholds, budgeted_calibration, budgeted),
   }
+
+
+def _rows(thresholds, calibration, test) -> list[dict[str, Any]]:
+  return [
+      {"q": q, "thresholds": [_json_number(t) for t in thresholds[i]],
+       "calibration_accuracy": float(calibration.accuracy[i]),
+       "calibration_macs": float(calibration.macs[i]),
+       "accuracy": float(test.accuracy[i]),
+       "macs": float(test.macs[i]),
+       "exits": [float(f) for f in test.exits[i]]}
+      for i, q in enumerate(QS)]
+
+
+def dominating(
+    calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array,
+) -> list[dict[str, Any]]:
+  """The "dominating" list of results.json, one row per row of "budgeted".
+
+  Found by search on the calibration split, where no row is less accurate or
+  more costly than its counterpart; what the test split says is reported as is.
+  """
+  found = exit_targets.dominate(
+      calibration.confidence, calibration.correct, macs, thresholds)
+  return _rows(found, *(
+      exit_policy.budgeted(scores.confidence, scores.correct, macs, found)
+      for scores in (calibration, test)))
+
+
+def operating_point(
+    target: exit_targets.Target, calibration: Scores, test: Scores,
+    dataset: sources.Dataset, macs: np.ndarray, search: str,
+) -> dict[str, Any]:
+  """The "chosen" entry of results.json: one target, by exit and by class.
+
+  Raises:
+    ValueError: no thresholds reach the target.
+  """
+  choice = exit_targets.choose(
+      target, calibration.confidence, calibration.correct, macs, search)
+  result = exit_policy.budgeted(
+      test.confidence, test.correct, macs, choice.thresholds)
+  table = exit_policy.breakdown(
+      test.confidence, test.correct, dataset.test.labels, choice.thresholds,
+      dataset.num_classes)
+  by_class = zip(dataset.class_names, table.class_accuracy,
+                 table.class_macs(macs), table.left, strict=True)
+  return {
+      "thresholds": [_json_number(t) for t in choice.thresholds],
+      "calibration_accuracy": choice.accuracy,
+      "calibration_macs": choice.macs,
+      "accuracy": float(result.accuracy), "macs": float(result.macs),
+      "exits": [float(f) for f in result.exits],
+      "exit_accuracy": [_or_none(a) for a in table.exit_accuracy],
+      "classes": [
+          {"class": name, "accuracy": _or_none(accuracy),
+           "macs": _or_none(cost), "left": left.tolist()}
+          for name, accuracy, cost, left in by_class],
+  }
+
+
+def temperatures(
+    calibration: Scores, calibration_labels: np.ndarray, test: Scores,
+) -> list[dict[str, float]]:
+  """The "temperatures" list of results.json, one entry per exit.
+
+  Fitted on the calibration split; the errors are those of the test split.
+  """
+  fitted = temperature.fit(calibration.logits, calibration_labels)
+  before, after = (
+      temperature.calibration_error(
+          temperature.scaled_confidence(test.logits, t), test.correct)
+      for t in (jnp.ones_like(fitted), fitted))
+  return [
+      {"exit": k + 1, "temperature": float(t), "ece": float(before[k]),
+       "ece_scaled": float(after[k])} for k, t in enumerate(fitted)]
+
+
+def _or_none(x) -> float | None:
+  """NaN, which JSON has not, is null: there was no sample."""
+  return None if math.isnan(x) else float(x)
 
 
 def _json_number(x) -> float | str:
@@ -189,14 +286,35 @@ def restore(
   """(state, info) of the latest sound checkpoint of a run directory.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is none, or the run was for other classes or images.
   """
+  check_same_images(workdir, backbone.num_classes, backbone.image_shape)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     restored = checkpoints.restore(abstract_state(backbone, config))
   if restored is None:
     raise ValueError(f"workdir {workdir} has no checkpoint yet; train it first "
                      "with --mode=train")
   return restored
+
+
+def check_same_images(
+    workdir: pathlib.Path, num_classes: int, image_shape: tuple[int, int, int],
+) -> None:
+  """Raises ValueError if a run was evaluated on other classes or images.
+
+  Its weights alone do not tell: they take images of another size.
+  """
+  try:
+    results = json.loads((workdir / "results.json").read_text())
+    made_for = (results["num_classes"], tuple(results["image_shape"]))
+  except (OSError, ValueError, KeyError, TypeError):
+    return  # not evaluated yet
+  if made_for != (num_classes, tuple(image_shape)):
+    raise ValueError(
+        f"workdir {workdir} was trained for {made_for[0]} classes and images of "
+        f"{'×'.join(map(str, made_for[1]))}, but its data now has {num_classes} "
+        f"and {'×'.join(map(str, image_shape))}; give it the data it was "
+        "trained on, or train into another workdir")
 
 
 def _write_samples(workdir, dataset, test, thresholds):

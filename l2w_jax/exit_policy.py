@@ -26,16 +26,88 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from l2w_jax import losses
 from l2w_jax.allocation import counts_per_exit, proportions
 
 __all__ = [
+  "MEASURES",
+  "Breakdown",
   "Budgeted",
   "anytime",
+  "breakdown",
   "budgeted",
+  "confidence",
+  "counts",
+  "exit_confidence",
   "exits_taken",
   "find_thresholds",
   "proportions",
 ]
+
+
+MEASURES = ("probability", "margin", "entropy", "patience")
+
+
+def exit_confidence(
+  logits: Float[Array, "B C"],
+  measure: str = "probability",
+  before: tuple[Int[Array, " B"], Float[Array, " B"]] | None = None,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+  """(prediction, confidence) of one exit; a larger confidence is surer.
+
+  probability: largest softmax probability, in (0, 1].
+  margin: largest minus second largest softmax probability, in [0, 1].
+  entropy: 1 - H / ln C, with H the entropy of the softmax (Teerapittayanon et
+    al., BranchyNet, ICPR 2016, leave at small H), in [0, 1].
+  patience: at how many exits in a row, up to this one, the prediction has been
+    the same (Zhou et al., BERT Loses Patience, NeurIPS 2020), 1, 2, … K.
+
+  Args:
+    logits: of this exit.
+    measure: one of `MEASURES`.
+    before: what this function returned for the exit before, if there is one;
+      only patience reads it.
+
+  Raises:
+    ValueError: an unknown measure.
+  """
+  if measure not in MEASURES:
+    raise ValueError(
+      f"confidence measure {measure!r} is not one of {', '.join(MEASURES)}."
+    )
+  prediction = logits.argmax(-1).astype(jnp.int32)
+  if measure == "probability":
+    return prediction, losses.confidence(logits[:, None])[:, 0]
+  log_p = jax.nn.log_softmax(
+    logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  )
+  if measure == "margin":
+    first, second = lax.top_k(jnp.exp(log_p), 2)[0].T
+    return prediction, first - second
+  if measure == "entropy":
+    information = (jnp.exp(log_p) * jnp.maximum(log_p, -1e4)).sum(-1)
+    return prediction, 1 + information / np.log(logits.shape[-1])
+  # NaN logits have no prediction; 0 · them keeps their NaN.
+  one = 1 + 0 * log_p[:, 0]
+  if before is None:
+    return prediction, one
+  return prediction, one + jnp.where(prediction == before[0], before[1], 0)
+
+
+def confidence(
+  logits: ArrayLike, measure: str = "probability"
+) -> tuple[Int[Array, "N K"], Float[Array, "N K"]]:
+  """(predictions, confidences) at every exit, from logits [N K C].
+
+  The same numbers as `exit_confidence` exit by exit, which says what the
+  measures are and raises.
+  """
+  logits, found = jnp.asarray(logits), []
+  for k in range(logits.shape[1]):
+    before = found[-1] if found else None
+    found.append(exit_confidence(logits[:, k], measure, before))
+  predictions, confidences = zip(*found, strict=True)
+  return jnp.stack(predictions, 1), jnp.stack(confidences, 1)
 
 
 class Budgeted(NamedTuple):
@@ -99,29 +171,80 @@ def _search(
   proportions: Float[Array, "*Q K"],
   calibration: str,
 ) -> Float[Array, "*Q K"]:
+  """Radix selection on sets of samples kept as bits, 32 samples to a word.
+
+  The confidences of an exit, as unsigned keys of the same order, are cut into
+  bit planes. The threshold's key is found from its highest bit down: it has a 1
+  where enough of the candidates do. No sort: 4 and 18 ms for 10,000 and 50,000
+  samples, 5 exits and 39 values of q, where sorting took 22 and 105.
+  """
   num_samples = confidence.shape[0]
-  by_exit = confidence.T
-  # Sorting dominates the search, and the order does not depend on q.
-  order = jnp.argsort(by_exit, axis=1, descending=True)
-  ranked = jnp.take_along_axis(by_exit, order, axis=1)
+  keys, size = _ordered_bits(confidence.T)
+  shifts = jnp.arange(size - 1, -1, -1, dtype=keys.dtype)
+  planes = _pack((keys[:, None] >> shifts[:, None]) & 1)  # [K size words]
+
+  def one_bit(carry, plane):
+    equal, above, due = carry
+    ones = equal & plane
+    count = _count(ones)
+    bit = count >= due
+    equal = jnp.where(bit, ones, equal & ~plane)
+    above = jnp.where(bit, above, above | ones)
+    return (equal, above, jnp.where(bit, due, due - count)), bit
 
   def one_exit(present, exit_k):
-    confidence_k, order_k, ranked_k, due = exit_k
-    so_far = jnp.cumsum(present[order_k])
+    planes_k, due = exit_k
+    waiting = _count(present)
     if calibration == "held_out":
-      due = jnp.minimum(due, so_far[-1])
-    open_ = (due > 0) & (due <= so_far[-1])
-    marginal = ranked_k[jnp.searchsorted(so_far, due)]
-    threshold = jnp.where(open_, marginal, jnp.inf).astype(ranked_k.dtype)
-    return present & (confidence_k < threshold), threshold
+      due = jnp.minimum(due, waiting)
+    open_ = (due > 0) & (due <= waiting)
+    nobody = jnp.zeros_like(present)
+    (equal, above, _), bits = lax.scan(
+      one_bit, (present, nobody, due), planes_k
+    )
+    key = (bits.astype(keys.dtype) << shifts).sum(dtype=keys.dtype)
+    threshold = jnp.where(
+      open_, _from_ordered_bits(key, confidence.dtype), jnp.inf
+    )
+    leaves = jnp.where(open_, equal | above, nobody)
+    return present & ~leaves, threshold.astype(confidence.dtype)
 
   def one_q(due):
-    present = jnp.ones(num_samples, bool)
-    exits = (by_exit, order, ranked, due)
-    return lax.scan(one_exit, present, exits)[1].at[-1].set(-jnp.inf)
+    everyone = _pack(jnp.ones(num_samples, jnp.uint32))
+    return lax.scan(one_exit, everyone, (planes, due))[1].at[-1].set(-jnp.inf)
 
   due = counts_per_exit(num_samples, proportions)
   return one_q(due) if due.ndim == 1 else jax.vmap(one_q)(due)
+
+
+def _ordered_bits(x: Float[Array, "..."]) -> tuple[Array, int]:
+  """(unsigned integers in the order of x, how many bits they have)."""
+  size = x.dtype.itemsize * 8
+  unsigned = jnp.dtype(f"uint{size}").type
+  sign, every = unsigned(1 << (size - 1)), unsigned(2**size - 1)
+  # One zero, or -0 would rank below 0.
+  raw = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)
+  return raw ^ jnp.where(raw & sign, every, sign), size
+
+
+def _from_ordered_bits(key: Array, dtype: jnp.dtype) -> Float[Array, ""]:
+  size = jnp.dtype(dtype).itemsize * 8
+  sign, every = key.dtype.type(1 << (size - 1)), key.dtype.type(2**size - 1)
+  raw = key ^ jnp.where(key & sign, sign, every)
+  return lax.bitcast_convert_type(raw, dtype)
+
+
+def _pack(bits: Array) -> Array:
+  """[… N] of zeros and ones -> [… ceil(N / 32)] words; 0 beyond N."""
+  padding = [(0, 0)] * (bits.ndim - 1) + [(0, -bits.shape[-1] % 32)]
+  bits = jnp.pad(bits.astype(jnp.uint32), padding)
+  bits = bits.reshape(*bits.shape[:-1], -1, 32)
+  places = jnp.arange(32, dtype=jnp.uint32)
+  return (bits << places).sum(-1, dtype=jnp.uint32)
+
+
+def _count(words: Array) -> Int[Array, ""]:
+  return lax.population_count(words).sum(dtype=jnp.int32)
 
 
 def exits_taken(
@@ -184,15 +307,96 @@ def _curve(
   macs: Float[Array, " K"],
   thresholds: Float[Array, "*Q K"],
 ) -> Budgeted:
-  num_samples, num_exits = confidence.shape
-  taken = exits_taken(confidence, thresholds)
-  at_exit = taken[..., None] == jnp.arange(num_exits)
-  exits = _fraction(at_exit.sum(-2), num_samples)
+  num_samples = len(confidence)
+  right, left = counts(confidence, correct, thresholds)
+  exits = _fraction(left, num_samples)
   return Budgeted(
-    accuracy=_fraction((at_exit & correct).sum((-2, -1)), num_samples),
+    accuracy=_fraction(right.sum(-1), num_samples),
     macs=(exits * macs).sum(-1),
     exits=exits,
   )
+
+
+@jax.jit
+def counts(
+  confidence: Float[Array, "N K"],
+  correct: Bool[Array, "N K"],
+  thresholds: Float[Array, "*Q K"],
+) -> tuple[Int[Array, "*Q K"], Int[Array, "*Q K"]]:
+  """(samples that leave right, samples that leave) at each exit, as counts."""
+  taken = exits_taken(confidence, thresholds)
+  at_exit = taken[..., None] == jnp.arange(confidence.shape[1])
+  return (at_exit & correct).sum(-2), at_exit.sum(-2)
+
+
+class Breakdown(NamedTuple):
+  """One operating point, by class (C) and exit (K).
+
+  Attributes:
+    left: [C K], samples of each class that leave at each exit; its sum over
+      classes is the histogram of exits.
+    right: [C K], those of them that are right.
+  """
+
+  left: Int[Array, "C K"]
+  right: Int[Array, "C K"]
+
+  @property
+  def exit_accuracy(self) -> np.ndarray:
+    """[K], of the samples that leave at each exit; NaN where none does."""
+    return _ratio(self.right.sum(0), self.left.sum(0))
+
+  @property
+  def class_accuracy(self) -> np.ndarray:
+    """[C], of each class's samples where they leave; NaN without samples."""
+    return _ratio(self.right.sum(1), self.left.sum(1))
+
+  def class_macs(self, macs: ArrayLike | Sequence[float]) -> np.ndarray:
+    """[C], mean cost of each class's samples; NaN without samples."""
+    return _ratio(np.asarray(self.left) @ np.asarray(macs), self.left.sum(1))
+
+
+def breakdown(
+  confidence: ArrayLike,
+  correct: ArrayLike,
+  labels: ArrayLike,
+  thresholds: ArrayLike | Sequence[float],
+  num_classes: int,
+) -> Breakdown:
+  """Which classes leave where, and how many of them are right.
+
+  Args:
+    confidence, correct: [N K] on the split to be scored.
+    labels: [N] true classes, in [0, C).
+    thresholds: [K], one operating point.
+    num_classes: C.
+
+  Raises:
+    ValueError: an empty split, a NaN confidence, or shapes that do not fit.
+  """
+  confidence, thresholds = _checked(confidence, thresholds, "thresholds")
+  num_exits = confidence.shape[1]
+  correct, _ = _checked_table(correct, np.zeros(num_exits))
+  labels = np.asarray(labels)
+  if thresholds.ndim != 1 or labels.shape != confidence.shape[:1]:
+    raise ValueError(
+      f"breakdown needs thresholds [{num_exits}] and labels "
+      f"[{len(confidence)}]; got {thresholds.shape} and {labels.shape}."
+    )
+  taken = np.asarray(exits_taken(confidence, thresholds))
+  right = np.take_along_axis(np.asarray(correct), taken[:, None], 1)[:, 0]
+  cell = labels * num_exits + taken
+
+  def table(weights):
+    flat = np.bincount(cell, weights, num_classes * num_exits)
+    return flat.astype(int).reshape(num_classes, num_exits)
+
+  return Breakdown(table(None), table(right))
+
+
+def _ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
+  part, whole = np.asarray(part, float), np.asarray(whole, float)
+  return np.divide(part, whole, np.full_like(part, np.nan), where=whole > 0)
 
 
 def anytime(

@@ -6,6 +6,7 @@ time, ties broken by the lowest index because it is met first.
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -199,3 +200,45 @@ def l2w_half_step(state, train_half, meta_half, lr, wpn_lr, c):
   }, {"weights": weights, "losses": losses, "wpn_gradient": wpn_gradient,
       "meta_loss": meta_loss(meta_losses, exit_of_sample),
       "exit_of_sample": exit_of_sample}
+
+
+def confidence(logits: np.ndarray, measure: str) -> np.ndarray:
+  """The measures of confidence, [N K], one sample and exit at a time."""
+  num_samples, num_exits, num_classes = logits.shape
+  found = np.zeros((num_samples, num_exits))
+  for i in range(num_samples):
+    for k in range(num_exits):
+      p = sorted(softmax(logits[i, k].astype(np.float64)), reverse=True)
+      if measure == "probability":
+        found[i, k] = p[0]
+      elif measure == "margin":
+        found[i, k] = p[0] - p[1]
+      elif measure == "entropy":
+        entropy = -sum(x * np.log(x) for x in p if x > 0)
+        found[i, k] = 1 - entropy / np.log(num_classes)
+      else:
+        j = k
+        while j >= 0 and logits[i, j].argmax() == logits[i, k].argmax():
+          found[i, k] += 1
+          j -= 1
+  return found
+
+
+def at_most(count: int, n: int, p: float) -> float:
+  """P(Binomial(n, p) <= count), summed in exact arithmetic."""
+  p = Fraction(p)
+  return float(sum(math.comb(n, b) * p**b * (1 - p)**(n - b)
+                   for b in range(count + 1)))
+
+
+def calibration_error(confidence, correct, num_bins: int) -> float:
+  """Expected calibration error of one exit, bin by bin."""
+  total = 0.0
+  for m in range(num_bins):
+    inside = [i for i, c in enumerate(confidence)
+              if m / num_bins < c <= (m + 1) / num_bins]
+    if inside:
+      accuracy = np.mean([bool(correct[i]) for i in inside])
+      mean = np.mean([confidence[i] for i in inside])
+      total += len(inside) * abs(accuracy - mean)
+  return total / len(confidence)

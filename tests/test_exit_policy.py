@@ -241,3 +241,78 @@ def test_bad_curves_are_refused():
     exit_policy.anytime(correct[:0], [1.0, 2.0, 3.0])
   with pytest.raises(ValueError, match="'held_out'"):
     exit_policy.find_thresholds(CONFIDENCE, PROPORTIONS, calibration="train")
+
+
+def test_search_ranks_any_sign_and_one_zero():
+  values = np.float32([-2.5, -0.0, 0.0, 3.0, -1e-30, 1e30])
+  confidence = np.stack([values, np.zeros(6, np.float32)], 1)
+  # 3 due: 1e30, 3 and a zero, and the other zero is tied with it.
+  found = exit_policy.find_thresholds(confidence, [0.5, 0.5])
+  np.testing.assert_array_equal(found, np.float32([0, -np.inf]))
+  np.testing.assert_array_equal(
+    exit_policy.exits_taken(confidence, found), [1, 0, 0, 0, 1, 0]
+  )
+
+
+@pytest.mark.parametrize("measure", exit_policy.MEASURES)
+def test_measures_equal_the_oracle(measure):
+  rng = np.random.default_rng(1)
+  logits = rng.normal(scale=3, size=(60, 4, 5)).astype(np.float32)
+  logits[0, 0] = [200, -200, 0, 0, 0]  # saturates
+  prediction, found = exit_policy.confidence(logits, measure)
+  np.testing.assert_array_equal(prediction, logits.argmax(-1))
+  # Float32 sums of five probabilities.
+  np.testing.assert_allclose(
+    found, oracles.confidence(logits, measure), atol=1e-6
+  )
+  assert found.dtype == np.float32
+
+
+def test_patience_by_hand():
+  # Predictions 0 0 1 1 1: in a row 1 2 1 2 3.
+  logits = np.float32(np.eye(2)[[0, 0, 1, 1, 1]])[None]
+  _, found = exit_policy.confidence(logits, "patience")
+  np.testing.assert_array_equal(found, [[1, 2, 1, 2, 3]])
+  # Two in a row suffice: it leaves at exit 2.
+  assert exit_policy.exits_taken(found, [2.0] * 5)[0] == 1
+
+
+@pytest.mark.parametrize("measure", exit_policy.MEASURES)
+def test_nan_logits_have_no_exit(measure):
+  logits = np.zeros((3, 2, 4), np.float32)
+  logits[1, 0, 2] = np.nan
+  _, found = exit_policy.confidence(logits, measure)
+  with pytest.raises(ValueError, match="NaN for 1 of 3 samples"):
+    exit_policy.find_thresholds(found, [0.5, 0.5])
+
+
+def test_an_unknown_measure_is_refused():
+  with pytest.raises(ValueError, match="probability, margin, entropy"):
+    exit_policy.confidence(np.zeros((1, 1, 2)), "luck")
+
+
+def test_breakdown_counts_every_sample_in_its_class_and_exit():
+  rng = np.random.default_rng(2)
+  confidence = rng.random((80, 3)).astype(np.float32)
+  correct = rng.random((80, 3)) < 0.6
+  labels = rng.integers(0, 4, 80)  # class 4 has no sample
+  thresholds = np.float32([0.6, 0.7, -np.inf])
+  table = exit_policy.breakdown(confidence, correct, labels, thresholds, 5)
+  left, right = np.zeros((5, 3), int), np.zeros((5, 3), int)
+  for i in range(80):
+    k = next(k for k in range(3) if confidence[i, k] >= thresholds[k])
+    left[labels[i], k] += 1
+    right[labels[i], k] += correct[i, k]
+  np.testing.assert_array_equal(table.left, left)
+  np.testing.assert_array_equal(table.right, right)
+  np.testing.assert_allclose(table.exit_accuracy, right.sum(0) / left.sum(0))
+  assert np.isnan(table.class_accuracy[4])
+  np.testing.assert_allclose(
+    table.class_accuracy[:4], right.sum(1)[:4] / left.sum(1)[:4]
+  )
+  np.testing.assert_allclose(
+    table.class_macs([1, 10, 100])[:4],
+    (left @ [1, 10, 100])[:4] / left[:4].sum(1),
+  )
+  with pytest.raises(ValueError, match=r"labels \[80\]"):
+    exit_policy.breakdown(confidence, correct, labels[1:], thresholds, 5)

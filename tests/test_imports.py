@@ -9,17 +9,19 @@ HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "matplotlib", "torch",
          "tensorboardX", "cv2")
 # From the bottom up; those on one line do not import each other.
 ORDER = """
-    config parallel losses weighting allocation meta progress
+    config parallel losses weighting allocation meta progress deferral
     command exit_policy
+    exit_targets temperature
     models
     train_state
     train_step
     data
     checkpoint
     metrics_log
-    early_exit report
+    report
     evaluate
-    convert train
+    convert early_exit train
+    export latency
     main
 """
 RANK = {name: rank for rank, line in enumerate(ORDER.split("\n"))

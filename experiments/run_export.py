@@ -1,0 +1,38 @@
+"""JAX alone: `python run_export.py EXPORT_FOLDER IMAGES.npy`, uint8 [N H W c]."""
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from jax import export
+
+
+def load(folder):
+  """(manifest, one function per stage) of an export folder."""
+  manifest = json.loads(pathlib.Path(folder, "manifest.json").read_text())
+  try:
+    files = [pathlib.Path(folder, f).read_bytes() for f in manifest["stages"]]
+    return manifest, [jax.jit(export.deserialize(data).call) for data in files]
+  except Exception as error:  # an older jax fails in ways of its own
+    sys.exit(f"jax {jax.__version__} cannot read this export of jax "
+             f"{manifest['jax']}; use that version or a newer one ({error})")
+
+
+def predict(manifest, stages, images):
+  """(labels, exits counted from 1, confidences), each [N]; who leaves, stops."""
+  answers = np.zeros((3, len(images)))
+  rows, arrays = np.arange(len(images)), [images]
+  for k, stage in enumerate(stages):
+    arrays = [np.asarray(x) for x in stage(arrays)]
+    leave = arrays[1] >= np.float32(manifest["thresholds"][k])
+    answers[:2, rows] = arrays[0], np.full(len(rows), k + 1)
+    answers[2, rows] = arrays[1]
+    rows, arrays = rows[~leave], [x[~leave] for x in arrays]
+    if not len(rows) or k + 1 == len(stages):
+      return answers[0].astype(int), answers[1].astype(int), answers[2]
+
+
+if __name__ == "__main__":
+  answers = predict(*load(sys.argv[1]), np.load(sys.argv[2]))
+  np.savetxt(sys.stdout, np.transpose(answers), "%.9g")

@@ -1,0 +1,243 @@
+"""Thresholds for what a user wants: a cost, an accuracy, a bounded loss.
+
+    q:0.75            the share p_k ∝ q^k of the calibration split per exit
+    macs:2e7          mean MACs at most 2e7, as accurate as the family gets
+    accuracy:0.93     accuracy at least 0.93, as cheap as the family gets
+    risk:0.01:0.05    accuracy at most 0.01 below the full network's, with
+                      probability at least 1 - 0.05
+
+The family is the exponential one of `exit_policy.find_thresholds`, for 241 q
+from 1/1000 to 1000 and both ends: everyone leaves first, everyone leaves last.
+All but `risk` hold on the calibration split itself and promise nothing of other
+samples. `dominate` searches beyond the family. Shapes: N samples of the
+calibration split, K exits, Q threshold vectors; cost in MACs per sample.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from l2w_jax import exit_policy
+
+FAMILY_QS = np.geomspace(1e-3, 1e3, 241)
+FORMS = "q:Q, macs:M, accuracy:A or risk:R:DELTA"
+_NUMBERS = {"q": 1, "macs": 1, "accuracy": 1, "risk": 2}
+
+
+class Target(NamedTuple):
+  """kind: q, macs, accuracy or risk; values: its numbers."""
+  kind: str
+  values: tuple[float, ...]
+
+
+class Choice(NamedTuple):
+  """Thresholds [K] and what they give on the calibration split."""
+  thresholds: np.ndarray
+  accuracy: float
+  macs: float
+  exits: np.ndarray
+
+
+def parse(text: str) -> Target:
+  """The target that a text such as "macs:2e7" states.
+
+  Raises:
+    ValueError: not one of the four forms, or a number out of range.
+  """
+  kind, *numbers = text.split(":")
+  try:
+    values = tuple(map(float, numbers))
+  except ValueError:
+    values = ()
+  if len(values) != _NUMBERS.get(kind):
+    raise ValueError(f"target {text!r} is not of the form {FORMS}")
+  if not all(math.isfinite(value) and value >= 0 for value in values):
+    raise ValueError(f"target {text!r} needs finite numbers, not below 0")
+  if kind == "q" and values[0] == 0:
+    raise ValueError(f"target {text!r} needs q above 0")
+  if kind in ("accuracy", "risk") and values[0] > 1:
+    raise ValueError(f"target {text!r} is a fraction, at most 1; did you mean "
+                     f"{kind}:{values[0] / 100:g}?")
+  if kind == "risk" and not 0 < values[1] < 1:
+    raise ValueError(f"target {text!r} needs a DELTA between 0 and 1")
+  return Target(kind, values)
+
+
+def choose(
+    target: Target, confidence: ArrayLike, correct: ArrayLike,
+    macs: ArrayLike, calibration: str = "held_out") -> Choice:
+  """Thresholds that reach a target on the calibration split.
+
+  Args:
+    target: from `parse`.
+    confidence, correct: [N K] on the calibration split.
+    macs: [K] cost up to each exit.
+    calibration: "held_out" or "released", see `find_thresholds`.
+
+  Raises:
+    ValueError: no thresholds reach the target (it says the nearest), an empty
+      split, a NaN confidence, or shapes that do not fit.
+  """
+  # Refuses bad splits before anything is searched.
+  exit_policy.exits_taken(confidence, np.zeros(np.shape(macs)))
+  exit_policy.anytime(correct, macs)
+  split = (np.asarray(confidence), np.asarray(correct, bool),
+           np.asarray(macs, np.float64))
+  match target.kind:
+    case "q":
+      found = exit_policy.find_thresholds(
+          confidence, exit_policy.proportions(target.values[0], len(split[2])),
+          calibration=calibration)
+      return _choice(*split, np.asarray(found))
+    case "macs":
+      return _for_macs(*split, target.values[0], calibration)
+    case "accuracy":
+      return _for_accuracy(*split, target.values[0], calibration)
+    case _:
+      return _for_risk(*split, *target.values, calibration)
+
+
+def _for_macs(confidence, correct, macs, most, calibration) -> Choice:
+  family = _family(confidence, calibration)
+  right, cost = _score(confidence, correct, macs, family)
+  allowed = cost <= most
+  if not allowed.any():
+    raise ValueError(
+        f"no thresholds cost at most {most:g} MACs on average: the nearest is "
+        f"{cost.min():g}, where everyone leaves at the first exit")
+  # Of equally accurate ones the cheapest.
+  best = max(np.flatnonzero(allowed), key=lambda i: (right[i], -cost[i]))
+  return _choice(confidence, correct, macs, family[best])
+
+
+def _for_accuracy(confidence, correct, macs, least, calibration) -> Choice:
+  family = _family(confidence, calibration)
+  right, cost = _score(confidence, correct, macs, family)
+  # In whole samples, so that rounding decides nothing.
+  allowed = right >= math.ceil(least * len(correct) - 1e-6)
+  if not allowed.any():
+    near = max(range(len(family)), key=lambda i: (right[i], -cost[i]))
+    raise ValueError(
+        f"no thresholds reach accuracy {least:g} on the {len(correct)} "
+        f"calibration samples: the nearest is {right[near] / len(correct):.4f},"
+        f" at {cost[near]:g} MACs")
+  best = min(np.flatnonzero(allowed), key=lambda i: (cost[i], -right[i]))
+  return _choice(confidence, correct, macs, family[best])
+
+
+def _for_risk(
+    confidence, correct, macs, most, delta, calibration, seed=0) -> Choice:
+  """Learn Then Test by fixed-sequence testing (Angelopoulos et al., 2021).
+
+  A sample is harmed if the full network is right and its early answer is not,
+  so accuracy falls by at most the fraction harmed. One random half of the split
+  sets the family and its order, from the full network down in cost; the other
+  half tests, in that order, whether the fraction harmed is above `most`, until
+  the first test that cannot reject this at level delta. The test is exact: of n
+  samples at most b are harmed with probability P(Binomial(n, most) <= b). The
+  full network harms nobody, needs no test, and is the answer where no early
+  exit passes.
+  """
+  from scipy import special  # JAX needs it anyway
+
+  order = np.random.default_rng(seed).permutation(len(correct))
+  first, second = order[::2], order[1::2]
+  family = _family(confidence[first], calibration)
+  _, cost = _score(confidence[first], correct[first], macs, family)
+  best = family[-1]  # the full network
+  family = family[np.argsort(-cost, kind="stable")]
+  taken = np.asarray(exit_policy.exits_taken(confidence[second], family))
+  early = correct[second][np.arange(len(second)), taken]  # [Q N]
+  harmed = (correct[second, -1] & ~early).sum(1)
+  for thresholds, count in zip(family, harmed, strict=True):
+    if not len(second) or special.bdtr(count, len(second), most) > delta:
+      break
+    best = thresholds
+  return _choice(confidence, correct, macs, best)
+
+
+def dominate(
+    confidence: ArrayLike, correct: ArrayLike, macs: ArrayLike,
+    thresholds: ArrayLike, rounds: int = 150, children: int = 5,
+    seed: int = 0) -> np.ndarray:
+  """Thresholds at least as accurate as those given, at no more mean MACs.
+
+  Both on the calibration split, exactly, for every row; on other samples it
+  may be otherwise, since this fits the split more closely. An evolution search:
+  each round moves some exits of the incumbents along the split's ranking, in
+  ever smaller steps, and every result is tried in the place of every row.
+
+  Args:
+    confidence, correct: [N K] on the calibration split.
+    macs: [K] cost up to each exit.
+    thresholds: [Q K]; row i's mean MACs are the budget of result i.
+    rounds, children: how many moves of each row, `children` in each round.
+    seed: of the moves.
+
+  Returns:
+    [Q K] in the dtype of the confidences.
+  """
+  rng = np.random.default_rng(seed)
+  confidence, correct = np.asarray(confidence), np.asarray(correct, bool)
+  macs = np.asarray(macs, np.float64)
+  best = np.array(thresholds, confidence.dtype)
+  num_samples, num_exits = confidence.shape
+  right, cost = _score(confidence, correct, macs, best)
+  budget = cost.copy()
+  # Position r of an exit's thresholds lets its r most confident samples go.
+  ranked = np.concatenate([
+      np.full((1, num_exits), np.inf, confidence.dtype),
+      np.sort(confidence, 0)[::-1]])
+  columns = np.arange(num_exits)
+
+  def position(found):
+    return np.stack([np.searchsorted(-ranked[:, k], -found[:, k], "right") - 1
+                     for k in columns], 1)
+
+  for i in range(rounds):
+    scale = num_samples * 0.3 * 0.01**(i / rounds)
+    parents = np.repeat(position(best), children, 0)
+    moves = rng.normal(scale=scale, size=parents.shape)
+    moves *= rng.random(parents.shape) < 0.5
+    moved = np.clip(np.rint(parents + moves).astype(int), 0, num_samples)
+    tried = ranked[moved, columns]
+    tried[:, -1] = -np.inf
+    tried_right, tried_cost = _score(confidence, correct, macs, tried)
+    # [Q candidates]; lexicographic: first accuracy, then cost.
+    value = np.where(tried_cost <= budget[:, None], tried_right, -1)
+    value = value - tried_cost / (2 * macs[-1])
+    winner = value.argmax(1)
+    rows = np.arange(len(best))
+    better = value[rows, winner] > right - cost / (2 * macs[-1])
+    best[better] = tried[winner[better]]
+    right[better] = tried_right[winner[better]]
+    cost[better] = tried_cost[winner[better]]
+  return best
+
+
+def _family(confidence: np.ndarray, calibration: str) -> np.ndarray:
+  """[Q K] thresholds; the first lets everyone go at once, the last nobody."""
+  num_exits = confidence.shape[1]
+  inside = exit_policy.find_thresholds(
+      confidence, exit_policy.proportions(FAMILY_QS, num_exits),
+      calibration=calibration)
+  all_first, all_last = np.full((2, 1, num_exits), -np.inf, confidence.dtype)
+  all_last[:, :-1] = np.inf
+  return np.concatenate([all_first, np.asarray(inside), all_last])
+
+
+def _score(confidence, correct, macs, thresholds):
+  """(samples right [Q], mean MACs [Q]), exact up to one float64 division."""
+  right, left = exit_policy.counts(confidence, correct, thresholds)
+  return (np.asarray(right).sum(-1),
+          np.asarray(left) @ macs / len(confidence))
+
+
+def _choice(confidence, correct, macs, thresholds) -> Choice:
+  right, left = exit_policy.counts(confidence, correct, thresholds)
+  exits = np.asarray(left) / len(confidence)
+  return Choice(thresholds, int(right.sum()) / len(confidence),
+                float(exits @ macs), exits)

@@ -1,0 +1,161 @@
+"""How much time early exits really save, beside what their MACs promise.
+
+Every way of running the network is timed on the same test images, in turn within
+each round, so that a machine that slows down slows all of them. Times are of
+whole calls, with images handed over as NumPy arrays and answers read back.
+
+    full       all stages in one program, every answer from the last exit
+    anytime    the stages up to one exit in one program
+    early      `EarlyExit` at one of the evaluated operating points; batch 1
+               twice, with the device or the host deciding; larger batches
+               also as one long call, whose queues stay full
+"""
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from l2w_jax import checkpoint, early_exit, evaluate, exit_policy
+from l2w_jax.data import sources
+from l2w_jax.progress import Progress
+
+CALLS = {1: 200, 256: 8}  # batch size -> timed calls of each way of running
+QS = (0.25, 0.5, 0.75, 1.0, 1.5)  # operating points beside the chosen one
+
+
+class Way(NamedTuple):
+  """One way of running: what the table says of it, and the call to be timed.
+
+  images: how many one call answers. macs: simulated mean cost per image.
+  """
+  row: dict[str, Any]
+  call: Callable[[np.ndarray], Any]
+  images: int
+  macs: float
+
+
+def measure(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
+  """Times an evaluated run; writes latency.json.
+
+  Returns:
+    what latency.json holds: "device" and "rows", one per way and batch size.
+
+  Raises:
+    ValueError: the run is not evaluated, or its data is not what it was
+      trained on.
+  """
+  network = early_exit.load(workdir)
+  results = early_exit.read_results(workdir)
+  dataset = sources.load(config.data)
+  evaluate.check_same_images(
+      workdir, dataset.num_classes, dataset.image_shape)
+  points = {f"target {results['chosen']['target']}": network.thresholds}
+  for row in results["budgeted"]:
+    if row["q"] in QS:
+      points[f"q = {row['q']:g}"] = np.float32(row["thresholds"])
+  rows = time_all(network, dataset.test.images, points)
+  latency = {
+      "step": results["step"],
+      "device": {"platform": jax.default_backend(),
+                 "kind": jax.local_devices()[0].device_kind},
+      "jax": jax.__version__, "rows": rows}
+  checkpoint.write_atomically(
+      workdir / "latency.json", json.dumps(latency, indent=2) + "\n")
+  return latency
+
+
+def time_all(
+    network: early_exit.EarlyExit, images: np.ndarray,
+    points: dict[str, np.ndarray], calls: dict[int, int] = CALLS,
+) -> list[dict[str, Any]]:
+  """Rows of latency.json.
+
+  Args:
+    network: what is timed; its own thresholds are not used.
+    images: uint8 [N H W channels], repeated as needed.
+    points: {name of an operating point: thresholds [K]}.
+    calls: {batch size: timed calls}.
+  """
+  rows = []
+  with Progress(sum(calls.values()), unit="round", label="latency") as progress:
+    done = 0
+    for batch, rounds in calls.items():
+      needed = np.resize(np.arange(len(images)), batch * rounds)
+      own = images[needed]
+      with progress.compiling(f"batch {batch}"):
+        ways = _ways(network, own, points, batch)
+        network.warm_up(batch)
+        for way in ways:
+          way.call(own[:way.images])
+      seconds = {i: [] for i in range(len(ways))}
+      for r in range(rounds):
+        for i, way in enumerate(ways):
+          if way.images > batch and r:
+            continue  # the long call answers all rounds' images at once
+          start = 0 if way.images > batch else r * batch
+          began = time.perf_counter()
+          way.call(own[start:start + way.images])
+          seconds[i].append(time.perf_counter() - began)
+        done += 1
+        progress.update(done, {"batch": batch})
+      rows += _rows(ways, seconds, batch)
+  return rows
+
+
+def _ways(network, images, points, batch) -> list[Way]:
+  macs = network.backbone.macs
+  num_exits = len(macs)
+  ways = []
+  for k in range(num_exits):
+    kind = "full" if k == num_exits - 1 else "anytime"
+    program = jax.jit(lambda x, k=k: _prefix(network, x, k))
+    ways.append(Way({"kind": kind, "point": f"exit {k + 1}"},
+                    lambda x, f=program: jax.device_get(f(x)), batch,
+                    float(macs[k])))
+  _, confidence = network.simulate(images)
+  for name, thresholds in points.items():
+    taken = np.asarray(exit_policy.exits_taken(confidence, thresholds))
+    cost = float(macs[taken].mean())
+    other = network.with_thresholds(thresholds)
+    if batch == 1:
+      ways += [
+          Way({"kind": "early", "point": name, "decides": "device"},
+              lambda x, n=other: n.answer(x[0]), 1, cost),
+          Way({"kind": "early", "point": name, "decides": "host"},
+              other.predict, 1, cost)]
+    else:
+      ways += [
+          Way({"kind": "early", "point": name, "call": size}, other.predict,
+              size, cost) for size in (batch, len(images))]
+  return ways
+
+
+def _prefix(network: early_exit.EarlyExit, images, last: int):
+  """Answers of one exit, with the stages up to it in one program."""
+  state = images
+  for k in range(last + 1):
+    state = network.stage(k, state)
+  return state.label, state.confidence
+
+
+def _rows(ways, seconds, batch) -> list[dict[str, Any]]:
+  full = next(i for i, way in enumerate(ways) if way.row["kind"] == "full")
+  per_image = [np.mean(seconds[i]) / way.images for i, way in enumerate(ways)]
+  rows = []
+  for i, way in enumerate(ways):
+    p50, p95 = 1e3 * np.percentile(seconds[i], [50, 95])
+    speedup = per_image[full] / per_image[i]
+    promised = ways[full].macs / way.macs
+    rows.append({
+        **way.row, "batch": batch, "calls": len(seconds[i]), "macs": way.macs,
+        "p50_ms": float(p50), "p95_ms": float(p95),
+        "images_per_second": float(1 / per_image[i]),
+        "speedup": float(speedup), "speedup_by_macs": float(promised)})
+  return rows

@@ -1,0 +1,214 @@
+"""Networks that stop: answers equal the simulated ones, image for image."""
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2w_jax import config as config_lib
+from l2w_jax import early_exit, evaluate, exit_policy, models
+from l2w_jax.data import sources
+
+
+def make_network(name="msdnet", measure="probability", **overrides):
+  config = config_lib.defaults(name)
+  small = {"channels": 4, "growth": 4, "classifier_width": 8}
+  small |= {"msdnet": {"num_exits": 3, "growth_factors": (1, 2),
+                       "bottleneck_factors": (1, 2)},
+            "ranet": {}}[name] | overrides
+  config.model.update(small)
+  backbone = models.build_backbone(config.model, 5, (8, 8, 3))
+  variables = backbone.init(jax.random.key(0))
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(
+      lambda x: (x * rng.uniform(0.5, 1.5, x.shape)).astype(x.dtype), variables)
+  return early_exit.EarlyExit(
+      backbone, variables, np.zeros(backbone.num_exits), [120.0] * 3, [60.0] * 3,
+      measure)
+
+
+def make_images(num, seed=2):
+  # Of many contrasts, so that confidences differ.
+  rng = np.random.default_rng(seed)
+  contrast = rng.uniform(0.05, 1, (num, 1, 1, 1))
+  return (rng.integers(0, 256, (num, 8, 8, 3)) * contrast).astype(np.uint8)
+
+
+def thresholds_for(network, images, q=0.75):
+  _, confidence = network.simulate(images)
+  return exit_policy.find_thresholds(
+      confidence, exit_policy.proportions(q, network.backbone.num_exits),
+      calibration="held_out")
+
+
+def assert_equals_simulation(network, images):
+  answers = network.predict(images)
+  prediction, confidence = network.simulate(images)
+  exits = np.asarray(exit_policy.exits_taken(confidence, network.thresholds))
+  rows = np.arange(len(images))
+  np.testing.assert_array_equal(answers.exit, exits)
+  np.testing.assert_array_equal(answers.label, prediction[rows, exits])
+  np.testing.assert_array_equal(answers.confidence, confidence[rows, exits])
+  return exits
+
+
+@pytest.fixture(scope="module")
+def network():
+  return make_network()
+
+
+@pytest.mark.parametrize("num", [1, 3, 16, 63, 64, 65, 131, 1000])
+def test_answers_equal_the_simulated_ones(network, num):
+  images = make_images(num)
+  own = network.with_thresholds(thresholds_for(network, images))
+  exits = assert_equals_simulation(own, images)
+  if num > 60:
+    assert set(exits) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_everyone_may_leave_at_one_exit(network, stop):
+  thresholds = np.where(np.arange(3) < stop, np.inf, -np.inf)
+  images = make_images(150)
+  answers = network.with_thresholds(thresholds).predict(images)
+  np.testing.assert_array_equal(answers.exit, stop)
+  prediction, _ = network.simulate(images)
+  np.testing.assert_array_equal(answers.label, prediction[:, stop])
+
+
+@pytest.mark.parametrize("measure", ["margin", "entropy", "patience"])
+def test_every_measure_stops_as_simulated(measure):
+  network, images = make_network(measure=measure), make_images(100)
+  thresholds = thresholds_for(network, images)
+  if measure == "patience":
+    thresholds = [2.0, 2.0, 2.0]
+  assert_equals_simulation(network.with_thresholds(thresholds), images)
+
+
+def test_ranet_stops_as_simulated():
+  network, images = make_network("ranet"), make_images(80)
+  own = network.with_thresholds(thresholds_for(network, images))
+  exits = assert_equals_simulation(own, images)
+  assert len(set(exits)) > 3
+
+
+@pytest.mark.parametrize("name", ["msdnet", "ranet"])
+def test_stages_give_the_logits_of_the_whole_network(name):
+  network, images = make_network(name), make_images(16)
+  prediction, confidence = network.simulate(images)
+  x = jnp.asarray((images.astype(np.float32) - 120) / 60)
+  logits = network.backbone.apply(network.variables, x)
+  expected_prediction, expected = exit_policy.confidence(logits)
+  np.testing.assert_array_equal(prediction, expected_prediction)
+  # Float32, other fusions, through 40 layers and logits of up to 50.
+  np.testing.assert_allclose(confidence, expected, rtol=1e-4)
+
+
+def test_one_image_is_answered_by_one_program(network, compilations):
+  images = make_images(40)
+  own = network.with_thresholds(thresholds_for(network, images))
+  own.answer(images[0])
+  before, exits = compilations(), set()
+  for image in images:
+    answer = own.answer(image)
+    prediction, confidence = own.simulate_one(image)
+    k = int(exit_policy.exits_taken(confidence[None], own.thresholds)[0])
+    assert answer == (prediction[k], k, confidence[k])
+    exits.add(k)
+  assert exits == {0, 1, 2}
+  # exits_taken is compiled once, outside the network.
+  assert compilations() - before <= 8
+
+
+def test_compilations_stay_few():
+  network = make_network()
+  images = make_images(300)
+  network = network.with_thresholds(thresholds_for(network, images))
+  for num in (1, 2, 3, 5, 8, 13, 21, 64, 100, 256, 300):
+    network.predict(images[:num])
+  assert max(network.compilations()) <= np.log2(64) + 1
+  before = network.compilations()
+  network.predict(images[:257])
+  assert network.compilations() == before
+
+
+def test_late_stages_run_full(network):
+  images = make_images(640)
+  own = network.with_thresholds(thresholds_for(network, images))
+  runs = [0, 0, 0]
+
+  def counted(k, program):
+    def run(state):
+      runs[k] += 1
+      return program(state)
+    return run
+
+  own._programs = [counted(k, p) for k, p in enumerate(own._programs)]
+  exits = own.predict(images).exit
+  for k in range(3):
+    assert runs[k] == -(-(exits >= k).sum() // 64)
+
+
+@pytest.mark.parametrize("images", [
+    np.zeros((4, 9, 8, 3), np.uint8), np.zeros((4, 8, 8, 3), np.float32),
+    np.zeros((0, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)],
+    ids=["size", "float", "none", "one"])
+def test_images_of_another_kind_are_refused(network, images):
+  with pytest.raises(ValueError, match=r"takes uint8 images \[N 8 8 3\]"):
+    network.predict(images)
+
+
+def test_thresholds_that_do_not_fit_are_refused(network):
+  for bad in ([0.5, 0.5], [np.nan, 0.5, 0.5]):
+    with pytest.raises(ValueError, match=r"thresholds must be \[3\]"):
+      network.with_thresholds(bad)
+
+
+def test_nan_weights_have_no_answer(network):
+  broken = early_exit.EarlyExit(
+      network.backbone, jax.tree.map(lambda x: x * np.nan, network.variables),
+      [0.5, 0.5, 0.5], [120.0] * 3, [60.0] * 3)
+  with pytest.raises(ValueError, match="NaN for 2 of 2 images"):
+    broken.predict(make_images(2))
+  with pytest.raises(ValueError, match="NaN for 1 of 1 images"):
+    broken.answer(make_images(1)[0])
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  return shutil.copytree(finished.workdir, tmp_path / "run")
+
+
+def test_a_run_is_loaded_with_its_thresholds(workdir, tiny_config):
+  network = early_exit.load(workdir)
+  test = sources.load(tiny_config.data).test
+  answers = network.predict(test.images)
+  results = json.loads((workdir / "results.json").read_text())
+  chosen = results["chosen"]
+  assert np.mean(answers.label == test.labels) == pytest.approx(
+      chosen["accuracy"])
+  np.testing.assert_allclose(
+      np.bincount(answers.exit) / 360, chosen["exits"], rtol=1e-6)
+  assert network.class_names == tuple("0123456789")
+
+
+def test_what_does_not_fit_the_run_is_refused(workdir, tiny_config):
+  path = workdir / "results.json"
+  results = json.loads(path.read_text())
+  path.write_text(json.dumps(results | {"step": 3}))
+  with pytest.raises(ValueError, match="step 3, .* step 16; run --mode=evaluate"):
+    early_exit.load(workdir)
+  path.write_text(json.dumps(results | {"num_classes": 7}))
+  with pytest.raises(ValueError, match="trained for 7 classes"):
+    evaluate.evaluate(workdir, tiny_config)
+  path.write_text(json.dumps(results | {"image_shape": [16, 16, 1]}))
+  with pytest.raises(ValueError, match="images of 16×16×1, but its data now"):
+    evaluate.evaluate(workdir, tiny_config)
+  path.write_text("{}")
+  with pytest.raises(ValueError, match="unusable .*--mode=evaluate"):
+    early_exit.load(workdir)
+  path.unlink()
+  with pytest.raises(ValueError, match="missing; run .*--mode=evaluate"):
+    early_exit.load(workdir)

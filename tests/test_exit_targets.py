@@ -1,0 +1,186 @@
+"""Thresholds for a stated target, against definitions and planted worlds."""
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from l2w_jax import exit_policy, exit_targets
+
+MACS = np.array([1e6, 3e6, 7e6])
+
+
+def make_split(num, seed, levels=50):
+  """Confidence and correct [N 3]; the surer, and the later, the more right."""
+  rng = np.random.default_rng(seed)
+  confidence = rng.integers(1, levels + 1, (num, 3)) / levels
+  right = rng.random((num, 1)) < confidence * [0.8, 0.9, 1.0] + [0, 0.05, 0.1]
+  return confidence.astype(np.float32), right
+
+
+def scored(split, thresholds):
+  """(accuracy, mean MACs) by the oracle."""
+  return oracles.budgeted(*split, MACS, thresholds)[:2]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("q:0", "above 0"), ("q", "not of the form q:Q"), ("macs:x", "of the form"),
+    ("speed:3", "of the form"), ("accuracy:93", "did you mean accuracy:0.93"),
+    ("risk:0.01", "of the form"), ("risk:0.01:1", "DELTA between 0 and 1"),
+    ("macs:-1", "not below 0"), ("macs:nan", "finite")])
+def test_targets_that_say_nothing_are_refused(text, says):
+  with pytest.raises(ValueError, match=says):
+    exit_targets.parse(text)
+
+
+def test_q_is_the_search_for_that_q():
+  split = make_split(97, 0)
+  choice = exit_targets.choose(exit_targets.parse("q:0.75"), *split, MACS)
+  np.testing.assert_array_equal(
+      choice.thresholds, exit_policy.find_thresholds(
+          split[0], exit_policy.proportions(0.75, 3), "held_out"))
+  accuracy, cost, exits = oracles.budgeted(*split, MACS, choice.thresholds)
+  assert choice.accuracy == accuracy
+  assert choice.macs == pytest.approx(cost, rel=1e-12)
+  np.testing.assert_array_equal(choice.exits, exits / 97)
+
+
+@pytest.mark.parametrize("most", [1e6, 1.7e6, 3e6, 6.9e6, 7e6, 1e9])
+def test_a_cost_is_kept_and_nothing_in_the_family_is_better(most):
+  split = make_split(203, 1)
+  choice = exit_targets.choose(exit_targets.Target("macs", (most,)), *split, MACS)
+  accuracy, cost = scored(split, choice.thresholds)
+  assert cost <= most and choice.accuracy == accuracy
+  for q in (0.1, 0.5, 1.0, 2.0):
+    family = exit_policy.find_thresholds(
+        split[0], exit_policy.proportions(
+            exit_targets.FAMILY_QS[np.abs(exit_targets.FAMILY_QS - q).argmin()],
+            3), "held_out")
+    other, other_cost = scored(split, np.asarray(family))
+    assert other_cost > most or other <= accuracy
+
+
+def test_an_accuracy_is_kept_at_the_least_cost_of_the_family():
+  split = make_split(203, 2)
+  full = split[1][:, -1].mean()
+  first = split[1][:, 0].mean()
+  least = (full + first) / 2
+  choice = exit_targets.choose(
+      exit_targets.Target("accuracy", (least,)), *split, MACS)
+  accuracy, cost = scored(split, choice.thresholds)
+  assert accuracy >= least and cost < MACS[-1]
+  # Exactly what the full network has can be asked for.
+  exact = exit_targets.choose(
+      exit_targets.Target("accuracy", (float(full),)), *split, MACS)
+  assert exact.accuracy >= full
+  assert exact.macs >= choice.macs
+
+
+def test_a_target_out_of_reach_says_the_nearest():
+  split = make_split(203, 3)
+  with pytest.raises(ValueError, match="the nearest is 1e"):
+    exit_targets.choose(exit_targets.Target("macs", (9e5,)), *split, MACS)
+  with pytest.raises(ValueError, match=r"nearest is 0\.\d{4}, at .* MACs"):
+    exit_targets.choose(exit_targets.Target("accuracy", (1.0,)), *split, MACS)
+
+
+@pytest.mark.parametrize("confidence, says", [
+    (np.zeros((0, 3), np.float32), "split empty"),
+    (np.full((4, 3), np.nan, np.float32), "NaN for 4 of 4")])
+def test_bad_splits_are_refused(confidence, says):
+  for text in ("q:0.5", "macs:1e9", "accuracy:0.1", "risk:0.1:0.1"):
+    with pytest.raises(ValueError, match=says):
+      exit_targets.choose(
+          exit_targets.parse(text), confidence,
+          np.ones(confidence.shape, bool), MACS)
+
+
+def test_risk_is_tested_on_the_other_half_by_the_exact_binomial():
+  confidence, correct = split = make_split(4000, 4, levels=10**6)
+  most, delta = 0.05, 0.1
+  choice = exit_targets.choose(
+      exit_targets.Target("risk", (most, delta)), *split, MACS)
+  order = np.random.default_rng(0).permutation(4000)
+  second = order[1::2]
+  taken = np.asarray(exit_policy.exits_taken(confidence[second],
+                                             choice.thresholds))
+  early = correct[second, taken]
+  harmed = int((correct[second, -1] & ~early).sum())
+  assert harmed > 0 and choice.macs < MACS[-1]
+  assert oracles.at_most(harmed, 2000, most) <= delta
+  # More was allowed than a bound twice as strict allows, and less than most.
+  stricter = exit_targets.choose(
+      exit_targets.Target("risk", (most / 2, delta)), *split, MACS)
+  assert stricter.macs > choice.macs
+
+
+def risk_of(thresholds, world):
+  confidence, correct = world
+  taken = np.asarray(exit_policy.exits_taken(confidence, thresholds))
+  early = correct[np.arange(len(correct)), taken]
+  return correct[:, -1].mean() - early.mean()
+
+
+def test_risk_is_controlled_over_many_draws():
+  # A world where early answers cost 30 points; 200 calibration splits of it.
+  world = make_split(20000, 5, levels=10**6)
+  most, delta, draws = 0.05, 0.2, 200
+  rng = np.random.default_rng(6)
+  above = moved = 0
+  for _ in range(draws):
+    own = rng.choice(20000, 300)
+    choice = exit_targets.choose(
+        exit_targets.Target("risk", (most, delta)),
+        world[0][own], world[1][own], MACS)
+    above += risk_of(choice.thresholds, world) > most
+    moved += choice.macs < MACS[-1]
+  # P(more than 59 of 200) is below 0.001 at a rate of 0.2.
+  assert above <= 59
+  assert moved > draws / 2  # and not by never leaving early
+
+
+def test_where_no_early_exit_passes_the_full_network_is_the_answer():
+  confidence, correct = make_split(60, 7)
+  correct[:, -1], correct[:, :-1] = True, False
+  choice = exit_targets.choose(
+      exit_targets.Target("risk", (0.0, 0.05)), confidence, correct, MACS)
+  np.testing.assert_array_equal(
+      choice.thresholds, np.float32([np.inf, np.inf, -np.inf]))
+  assert choice.macs == MACS[-1] and choice.accuracy == 1
+
+
+def test_dominating_thresholds_are_never_worse_on_their_split():
+  split = make_split(301, 8)
+  shares = exit_policy.proportions(np.arange(1, 40, 4) / 20, 3)
+  family = np.asarray(exit_policy.find_thresholds(split[0], shares, "held_out"))
+  found = exit_targets.dominate(*split, MACS, family, rounds=30)
+  gained = 0
+  for before, after in zip(family, found, strict=True):
+    accuracy, cost = scored(split, before)
+    other, other_cost = scored(split, after)
+    assert other >= accuracy and other_cost <= cost
+    gained += other > accuracy
+  assert gained > 0
+  assert (found[:, -1] == -np.inf).all() and found.dtype == np.float32
+
+
+def test_dominating_finds_what_one_q_cannot():
+  # Exit 1 is sure and wrong, exit 2 right: no sample should leave at exit 1.
+  rng = np.random.default_rng(9)
+  confidence = rng.random((200, 3)).astype(np.float32)
+  correct = np.tile([False, True, True], (200, 1))
+  shares = exit_policy.proportions([0.5], 3)
+  family = exit_policy.find_thresholds(confidence, shares)
+  accuracy, cost = scored((confidence, correct), np.asarray(family)[0])
+  found = exit_targets.dominate(confidence, correct, MACS, family)
+  better, paid = scored((confidence, correct), found[0])
+  # The budget of 2.4e6 buys exit 2 for seven tenths of them, (2.4 - 1) / 2.
+  assert accuracy < 0.5 and paid <= cost
+  assert better == pytest.approx((cost - 1e6) / 2e6, abs=0.02)
+
+
+def test_thresholds_may_be_jax_arrays():
+  split = make_split(50, 10)
+  found = exit_targets.dominate(
+      jnp.asarray(split[0]), jnp.asarray(split[1]), MACS,
+      jnp.asarray([[0.5, 0.5, -jnp.inf]]), rounds=2)
+  assert found.shape == (1, 3)

@@ -1,0 +1,32 @@
+"""The latency table: every way of running, with the costs it is held against."""
+import numpy as np
+import pytest
+from test_early_exit import make_images, make_network, thresholds_for
+
+from l2w_jax import exit_policy, latency
+
+
+def test_every_way_is_timed_beside_its_simulated_cost():
+  network, images = make_network(), make_images(20)
+  thresholds = thresholds_for(network, images)
+  rows = latency.time_all(
+      network, images, {"q = 0.75": np.asarray(thresholds)}, {1: 3, 16: 2})
+  kinds = [(row["batch"], row["kind"], row["point"]) for row in rows]
+  for batch in (1, 16):
+    assert (batch, "full", "exit 3") in kinds
+    assert (batch, "anytime", "exit 1") in kinds
+    assert kinds.count((batch, "early", "q = 0.75")) == 2
+  macs = network.backbone.macs
+  for row in rows:
+    assert 0 < row["p50_ms"] <= row["p95_ms"]
+    assert row["speedup_by_macs"] == pytest.approx(macs[-1] / row["macs"])
+    if row["kind"] == "full":
+      assert row["speedup"] == 1 and row["macs"] == macs[-1]
+  # The 16 · 2 images of batch 16 are the 20 and the first 12 again.
+  own = images[np.resize(np.arange(20), 32)]
+  _, confidence = network.simulate(own)
+  taken = np.asarray(exit_policy.exits_taken(confidence, thresholds))
+  early = [row for row in rows
+           if row["kind"] == "early" and row["batch"] == 16]
+  assert [row["call"] for row in early] == [16, 32]
+  assert early[0]["macs"] == pytest.approx(macs[taken].mean())
