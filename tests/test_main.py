@@ -168,7 +168,7 @@ MISTAKES = [
      "No such file or directory: 'configs/nope.py'"),
     (["--config=configs/digits.py:lw2"], "config.method must be one of"),
     (["--config=configs/digits.py", "--workdir="], "--workdir is missing"),
-    (["--config=configs/digits.py", "--mode=test"], "<all|train|evaluate|report>"),
+    (["--config=configs/digits.py", "--mode=test"], "<all|train|evaluate|report|latency|export>"),
     (["--config=configs/digits.py", "--wrokdir=x"], "wrokdir"),
     (["--config=configs/digits.py", "evaluate"],
      "unexpected argument 'evaluate'"),
