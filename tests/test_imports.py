@@ -11,7 +11,7 @@ HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "matplotlib", "torch",
 SECONDS = 3
 # From the bottom up; those on one line do not import each other.
 ORDER = """
-    config parallel losses weighting allocation meta progress
+    config parallel compile_cache losses weighting allocation meta progress
     exit_policy
     models
     train_state
