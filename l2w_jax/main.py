@@ -26,7 +26,15 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
     ValueError: one line on what was wrong and what to do.
   """
   # Imported here, so that a mistyped flag is told at once.
-  from l2w_jax import checkpoint, evaluate, export, latency, report, train
+  from l2w_jax import (
+      checkpoint,
+      compile_cache,
+      evaluate,
+      export,
+      latency,
+      report,
+      train,
+  )
 
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir {workdir} is not a directory; name another")
@@ -34,6 +42,7 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
     config = config_lib.validate(config)
   elif mode in ("all", "train"):
     raise ValueError(f"--mode={mode} needs --config=FILE.py")
+  compile_cache.enable()
   if mode in ("evaluate", "report", "latency", "export"):
     made_with = checkpoint.read_config(workdir)
     if config is None:

@@ -10,7 +10,7 @@ HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "matplotlib", "torch",
 # From the bottom up; those on one line do not import each other.
 ORDER = """
     config parallel losses weighting allocation meta progress deferral
-    command exit_policy
+    command compile_cache exit_policy
     exit_targets temperature
     models
     train_state

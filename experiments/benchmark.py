@@ -1,0 +1,298 @@
+"""Speed, operations, memory and compile time of the step, for one config.
+
+    python experiments/benchmark.py configs/cifar100_msdnet.py \
+        --set batch=128 --out cifar100.json
+
+compiles a forward pass, the uniform step, the l2w step and the l2w step at
+interval 100, times them in turn on the same random images, and prints and
+stores a table. Each piece is stored when it is done; the same command again
+does only what is missing. --remat adds both steps with model.remat, and
+--compile-only measures no time: it needs no memory for the images, so any size
+can be asked.
+
+Operations are XLA's own count of the compiled program. It counts the body of
+the loop over the two halves once, so a step is twice that. The device's peak is
+that of a large matrix product and of a large convolution, in the same run.
+Memory is what the compiled program needs beside its arguments; it differs from
+one kind of device to another.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import l2w_jax as l2w
+from l2w_jax import checkpoint
+from l2w_jax.train_step import step_body
+
+# Data source: image shape and classes.
+SHAPES = {
+    "tfds:cifar10": ((32, 32, 3), 10),
+    "tfds:cifar100": ((32, 32, 3), 100),
+    "tfds:imagenet2012": ((224, 224, 3), 1000),
+    "digits": ((8, 8, 1), 10),
+}
+STEPS_PER_EPOCH = 1000
+INTERVAL = 100
+STEPS = {  # program: what it changes in the config
+    "uniform": {"method": "uniform", "model.remat": False},
+    "l2w": {"method": "l2w", "meta.interval": 1, "model.remat": False},
+    "l2w, interval 100": {
+        "method": "l2w", "meta.interval": INTERVAL, "model.remat": False},
+}
+REMAT = {f"{name}, remat": STEPS[name] | {"model.remat": True}
+         for name in ("uniform", "l2w")}
+
+
+class Program:
+  """One compiled function with what it needs to be timed."""
+
+  def __init__(self, config_file, overrides, forward=False):
+    self.config = l2w.load_config(config_file, overrides)
+    shape, self.classes = _shape(self.config)
+    self.backbone = l2w.build_backbone(self.config.model, self.classes, shape)
+    batch = self.config.batch
+    images = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    state = jax.eval_shape(self.fresh_state)
+    if forward:
+      function = jax.jit(lambda state, batch: (
+          state, self.backbone.apply(state.variables, batch["image"])),
+          donate_argnums=0)
+    else:
+      function = jax.jit(step_body(
+          self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH),
+          donate_argnums=0)
+    began = time.perf_counter()
+    lowered = function.lower(state, {
+        "image": images, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)})
+    traced = time.perf_counter()
+    self.compiled = lowered.compile()
+    ended = time.perf_counter()
+    memory = self.compiled.memory_analysis()
+    cost = self.compiled.cost_analysis()
+    self.facts = {
+        "trace_seconds": traced - began, "compile_seconds": ended - traced,
+        "flops": (1 if forward else 2) * cost["flops"],
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes}
+
+  def fresh_state(self):
+    """The state before the first step."""
+    return l2w.init_state(jax.random.key(0), self.backbone, self.config)
+
+  def start(self, batch, step):
+    """Makes the program ready to be timed from a step on."""
+    self.batch = batch
+    self.state = self.fresh_state().replace(step=jnp.asarray(step, jnp.int32))
+    return self
+
+  def run(self, step=None):
+    """(seconds until it has run, seconds until the call returned)."""
+    if step is not None:
+      self.state = self.state.replace(step=jnp.asarray(step, jnp.int32))
+    jax.block_until_ready((self.state, self.batch))
+    began = time.perf_counter()
+    self.state, result = self.compiled(self.state, self.batch)
+    returned = time.perf_counter()
+    jax.block_until_ready((self.state, result))
+    return time.perf_counter() - began, returned - began
+
+
+def _shape(config):
+  if config.data.source not in SHAPES:
+    raise ValueError(f"no image shape is known for {config.data.source}; "
+                     f"choose a config of {', '.join(SHAPES)}")
+  return SHAPES[config.data.source]
+
+
+def peaks() -> dict[str, float]:
+  """FLOP/s of a large matrix product and a large convolution, best of five."""
+  large = jax.default_backend() != "cpu"
+  n, b = (8192, 256) if large else (2048, 16)
+  matrix = jax.random.normal(jax.random.key(0), (n, n))
+  images = jax.random.normal(jax.random.key(1), (b, 56, 56, 128))
+  kernel = jax.random.normal(jax.random.key(2), (3, 3, 128, 128))
+
+  def convolve(x, k):
+    return jax.lax.conv_general_dilated(
+        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  def best(function, *arguments):
+    function = jax.jit(function).lower(*arguments).compile()
+    function(*arguments).block_until_ready()
+    seconds = []
+    for _ in range(5):
+      began = time.perf_counter()
+      function(*arguments).block_until_ready()
+      seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+  return {
+      "matrix_product": 2 * n**3 / best(jnp.matmul, matrix, matrix),
+      "convolution": 2 * b * 56**2 * 9 * 128**2 / best(
+          convolve, images, kernel)}
+
+
+def times(programs: dict[str, Program], rounds: int) -> dict[str, dict]:
+  """Seconds of each program, run in turn `rounds` times after two warm-ups.
+
+  At interval 100 both kinds of step are timed, with a WPN update and without.
+  """
+  config = programs["l2w"].config
+  shape, classes = _shape(config)
+  rng = np.random.default_rng(0)
+  batch = {
+      "image": jnp.asarray(
+          rng.standard_normal((config.batch, *shape), np.float32)),
+      "label": jnp.asarray(rng.integers(0, classes, config.batch), jnp.int32)}
+  for program in programs.values():
+    program.start(batch, 0)
+  jobs = {}
+  for name, program in programs.items():
+    if name == f"l2w, interval {INTERVAL}":
+      jobs[f"{name}: with update"] = program, 0
+      jobs[f"{name}: without"] = program, 1
+    else:
+      jobs[name] = program, None
+  measured = {name: [] for name in jobs}
+  for i in range(rounds + 2):
+    for name, (program, step) in jobs.items():
+      result = program.run(step)
+      if i >= 2:
+        measured[name].append(result)
+  return {name: {"seconds": [s for s, _ in runs],
+                 "host_seconds": [h for _, h in runs]}
+          for name, runs in measured.items()}
+
+
+def run(config_file, overrides, path, *, remat, compile_only, rounds):
+  """The stored results, after doing what they lack."""
+  # What is compiled here is to be timed, not read.
+  jax.config.update("jax_enable_compilation_cache", False)
+  device = jax.devices()[0]
+  about = {
+      "config": config_file, "overrides": overrides,
+      "device": f"{device.platform} {device.device_kind}",
+      "jax": jax.__version__}
+  results = {"about": about, "compiled": {}}
+  if path.exists():
+    results = json.loads(path.read_text())
+    if results["about"] != about:
+      raise ValueError(f"{path} holds results of {results['about']}, not of "
+                       f"{about}; name another file with --out")
+
+  def store():
+    checkpoint.write_atomically(path, json.dumps(results, indent=2) + "\n")
+
+  programs = {}
+  wanted = {"forward": STEPS["uniform"]} | STEPS | (REMAT if remat else {})
+  timed = [*wanted] if not compile_only else []
+  missing = [name for name in timed if name not in results.get("programs", [])]
+  for name, changes in wanted.items():
+    if missing or name not in results["compiled"]:
+      print(f"compiling {name} ...", file=sys.stderr, flush=True)
+      program = Program(
+          config_file, overrides | changes, forward=name == "forward")
+      results["compiled"].setdefault(name, program.facts)
+      store()
+      programs[name] = program if missing else None
+  if missing:
+    print(f"timing {rounds} rounds ...", file=sys.stderr, flush=True)
+    results |= {"peak": peaks(), "times": times(programs, rounds),
+                "batch": programs["l2w"].config.batch, "programs": timed}
+    store()
+  return results
+
+
+def table(results) -> str:
+  """The results as text: minimum over the rounds, then the median."""
+  compiled, lines = results["compiled"], []
+  base = compiled["uniform"]
+  lines.append(f"{'program':32}{'GFLOP':>10}{'ratio':>7}{'temp MiB':>10}"
+               f"{'ratio':>7}{'trace s':>9}{'compile s':>10}")
+  for name, facts in compiled.items():
+    lines.append(
+        f"{name:32}{facts['flops'] / 1e9:10.1f}"
+        f"{facts['flops'] / base['flops']:7.2f}"
+        f"{facts['temporary_bytes'] / 2**20:10.0f}"
+        f"{facts['temporary_bytes'] / base['temporary_bytes']:7.2f}"
+        f"{facts['trace_seconds']:9.1f}{facts['compile_seconds']:10.1f}")
+  if "times" not in results:
+    return "\n".join(lines)
+  measured, batch = results["times"], results["batch"]
+  best = {name: min(x["seconds"]) for name, x in measured.items()}
+  lines.append("")
+  lines.append(f"{'program':32}{'ms min':>10}{'median':>8}{'images/s':>10}"
+               f"{'/uniform':>9}{'/forward':>9}{'GFLOP/s':>9}{'of conv':>8}"
+               f"{'host %':>8}")
+  for name, x in measured.items():
+    facts = compiled.get(name)
+    speed = f"{'':17}"
+    if facts and not name.startswith(f"l2w, interval {INTERVAL}"):
+      rate = facts["flops"] / best[name]
+      share = rate / results["peak"]["convolution"]
+      speed = f"{rate / 1e9:9.1f}{100 * share:7.0f}%"
+    host = statistics.median(x["host_seconds"]) / statistics.median(x["seconds"])
+    lines.append(
+        f"{name:32}{1e3 * best[name]:10.1f}"
+        f"{1e3 * statistics.median(x['seconds']):8.1f}"
+        f"{batch / best[name]:10.0f}{best[name] / best['uniform']:9.2f}"
+        f"{best[name] / best['forward']:9.2f}{speed}{100 * host:7.2f}%")
+  name = f"l2w, interval {INTERVAL}"
+  mean = (best[f"{name}: with update"]
+          + (INTERVAL - 1) * best[f"{name}: without"]) / INTERVAL
+  lines.append(f"{name}: {mean / best['uniform']:.3f} of uniform on average")
+  lines.append("peak GFLOP/s: " + ", ".join(
+      f"{kind} {rate / 1e9:.0f}" for kind, rate in results["peak"].items()))
+  return "\n".join(lines)
+
+
+def _override(text: str) -> tuple[str, object]:
+  key, equals, value = text.partition("=")
+  if not equals:
+    raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+  try:
+    return key, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return key, value
+
+
+def main(arguments=None) -> None:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
+  parser.add_argument("--set", action="append", default=[], type=_override,
+                      metavar="KEY=VALUE", help="override a key of the config")
+  parser.add_argument("--out", default="benchmark.json", type=pathlib.Path,
+                      help="where results are stored (default %(default)s)")
+  parser.add_argument("--remat", action="store_true",
+                      help="also both steps with model.remat")
+  parser.add_argument("--compile-only", action="store_true",
+                      help="operations, memory and compile time only")
+  parser.add_argument("--rounds", default=5, type=int,
+                      help="times each program runs (default %(default)s)")
+  options = parser.parse_args(arguments)
+  try:
+    if options.rounds < 1:
+      raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
+    print(table(run(
+        options.config, dict(options.set), options.out, remat=options.remat,
+        compile_only=options.compile_only, rounds=options.rounds)))
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

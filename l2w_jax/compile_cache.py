@@ -1,0 +1,35 @@
+"""Compiled programs are kept between runs, so only the first one waits for XLA.
+
+Only the command line calls this: a library leaves the settings of the process
+it is imported into alone.
+"""
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax
+
+
+def enable() -> pathlib.Path | None:
+  """Folder where JAX keeps compiled programs from now on.
+
+  JAX_COMPILATION_CACHE_DIR and a folder set through jax.config stay in force;
+  an empty JAX_COMPILATION_CACHE_DIR keeps nothing. Otherwise it is
+  l2w_jax/jax under XDG_CACHE_HOME or ~/.cache.
+
+  Returns:
+    the folder; None if nothing is kept, also where it cannot be created.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ or (
+      jax.config.jax_compilation_cache_dir):
+    chosen = jax.config.jax_compilation_cache_dir
+    return pathlib.Path(chosen) if chosen else None
+  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  folder = pathlib.Path(base) / "l2w_jax" / "jax"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return None
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  return folder

@@ -1,0 +1,76 @@
+"""The benchmark's pieces, on a network that compiles in seconds."""
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
+
+import benchmark  # noqa: E402
+from conftest import ROOT, TINY  # noqa: E402
+
+CONFIG = str(ROOT / "configs/digits.py")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+  """A finished benchmark's file and what it printed."""
+  path = tmp_path_factory.mktemp("benchmark") / "results.json"
+  was = jax.config.jax_enable_compilation_cache
+  patch = pytest.MonkeyPatch()
+  # Peaks are those of the machine, and take longer than all the rest.
+  patch.setattr(benchmark, "peaks", lambda: {
+      "matrix_product": 2e9, "convolution": 1e9})
+  overrides = {**TINY, "batch": 8}
+  results = benchmark.run(CONFIG, overrides, path, remat=False,
+                          compile_only=False, rounds=2)
+  yield path, overrides, results
+  patch.undo()
+  jax.config.update("jax_enable_compilation_cache", was)
+
+
+def test_every_figure_is_stored(measured):
+  path, _, results = measured
+  assert json.loads(path.read_text()) == results
+  assert set(results["compiled"]) == {"forward", *benchmark.STEPS}
+  for facts in results["compiled"].values():
+    assert min(facts[name] for name in (
+        "flops", "temporary_bytes", "compile_seconds")) > 0
+  for x in results["times"].values():
+    assert len(x["seconds"]) == len(x["host_seconds"]) == 2
+    assert all(0 < h <= s for s, h in zip(
+        x["seconds"], x["host_seconds"], strict=True))
+
+
+def test_the_step_stays_at_its_floor_of_operations(measured):
+  flops = {name: facts["flops"]
+           for name, facts in measured[2]["compiled"].items()}
+  # 10 forward passes against 3. A second forward pass for the real update
+  # would make it 3.67 and fail; the tiny network's WPN weighs little.
+  assert 3.2 < flops["l2w"] / flops["uniform"] < 3.5
+
+
+def test_the_table_has_a_line_for_each(measured):
+  text = benchmark.table(measured[2])
+  for name in measured[2]["times"]:
+    assert any(line.startswith(name) for line in text.splitlines())
+  assert "of uniform on average" in text
+
+
+def test_what_is_stored_is_not_measured_again(measured, compilations):
+  path, overrides, results = measured
+  before = compilations()
+  again = benchmark.run(CONFIG, overrides, path, remat=False,
+                        compile_only=False, rounds=2)
+  assert again == json.loads(json.dumps(results))
+  assert compilations() == before
+
+
+def test_results_of_something_else_are_not_overwritten(measured, capsys):
+  path, _, _ = measured
+  with pytest.raises(SystemExit) as leave:
+    benchmark.main([CONFIG, f"--out={path}", "--set", "batch=10"])
+  assert leave.value.code == 2
+  assert "name another file" in capsys.readouterr().err
