@@ -36,6 +36,10 @@ RESULTS_SHAPE = _keys("method dataset params params_to_exit macs step versions"
   "anytime": [_keys("exit macs accuracy calibration_accuracy")],
   "budgeted": [
     _keys("q thresholds calibration_accuracy accuracy macs exits")]}
+LATENCY_SHAPE = {
+  "step": None, "device": _keys("platform kind"),
+  "rows": [_keys("kind point batch calls macs p50_ms p95_ms images_per_second"
+                 " speedup speedup_by_macs")]}
 METRIC_SHAPES = {
   "train": _keys("step epoch"), "evaluate": _keys("step epoch accuracy"),
   "weights": _keys("step epoch loss_bins mean_weight")}
@@ -94,6 +98,9 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   metrics = _read(workdir, "metrics.jsonl", "train", _parse_metrics)
   results = _read(workdir, "results.json", "evaluate", _parse_results)
   samples = _read(workdir, "samples.npz", "evaluate", _parse_samples)
+  latency = None
+  if (workdir / "latency.json").exists():
+    latency = _read(workdir, "latency.json", "latency", _parse_latency)
   report = workdir / "report"
   report.mkdir(exist_ok=True)
   with matplotlib.rc_context(STYLE):
@@ -106,12 +113,14 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
       figures["weights.png"] = draw_weights(metrics["weights"])
     else:
       (report / "weights.png").unlink(missing_ok=True)
+    if latency:
+      figures["latency.png"] = draw_latency(latency)
     for name, figure in figures.items():
       png = io.BytesIO()
       figure.savefig(png, format="png")
       _write(report / name, png.getvalue())
   page = render_page(config, results, float(samples["q"]),
-                     bool(metrics["weights"]))
+                     bool(metrics["weights"]), latency)
   _write(report / "index.html", page.encode())
   return report / "index.html"
 
@@ -158,6 +167,12 @@ def _parse_results(data: bytes) -> dict:
   if lengths != {num_exits} or not results["budgeted"]:
     raise ValueError(f"its curves are not all of its {num_exits} exits")
   return results
+
+
+def _parse_latency(data: bytes) -> dict:
+  latency = json.loads(data)
+  _require(LATENCY_SHAPE, latency, "it")
+  return latency
 
 
 def _parse_metrics(data: bytes) -> dict[str, list[dict]]:
@@ -306,6 +321,37 @@ def draw_weights(lines: list[dict]):
   return figure
 
 
+def draw_latency(latency: dict):
+  """Measured speed-up over the full network against the promise of MACs."""
+  batches = sorted({row["batch"] for row in latency["rows"]})
+  figure = _figure(7.5, 3.8)
+  panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+  for axes, batch in zip(panels, batches, strict=True):
+    rows = [row for row in latency["rows"] if row["batch"] == batch]
+    most = max(row["speedup_by_macs"] for row in rows)
+    axes.plot([1, most], [1, most], color="#9aa0a6", linewidth=0.9,
+              label="as MACs promise")
+    groups = {}
+    for row in rows:
+      if row["kind"] != "full":
+        groups.setdefault(_way(row), []).append(
+          (row["speedup_by_macs"], row["speedup"]))
+    for name, points in groups.items():
+      axes.plot(*_array(sorted(points)).T, ".-", label=name)
+    axes.set(title=f"batch {batch}", xlabel="times fewer MACs")
+    axes.legend(fontsize=7)
+  panels[0].set_ylabel("times as fast as the full network")
+  return figure
+
+
+def _way(row: dict) -> str:
+  if row["kind"] != "early":
+    return row["kind"]
+  if "decides" in row:
+    return f"early, {row['decides']} decides"
+  return f"early, {row['call']:,} images a call"
+
+
 def draw_samples(samples: dict[str, np.ndarray], num_exits: int):
   """The first test images that leave at the first and at the last exit."""
   ends = sorted({0, num_exits - 1})
@@ -431,8 +477,76 @@ def _budgeted_table(results: dict) -> str:
       " · ".join(map(_threshold, entry["thresholds"]))] for entry in entries])
 
 
+def _early_exit_sections(results: dict) -> str:
+  """The chosen operating point, dominating thresholds and calibration."""
+  if "chosen" not in results:
+    return ""
+  scale, unit = _cost_scale(results)
+  chosen = results["chosen"]
+  by_exit = _table(
+    ["exit", "leaving (%)", "their accuracy", "temperature",
+     "calibration error", "after scaling"],
+    [[k, f"{100 * share:.1f}",
+      "–" if accuracy is None else _percent(accuracy),
+      f"{entry['temperature']:.2f}", _percent(entry["ece"]),
+      _percent(entry["ece_scaled"])]
+     for k, (share, accuracy, entry) in enumerate(zip(
+       chosen["exits"], chosen["exit_accuracy"], results["temperatures"],
+       strict=True), 1)])
+  # The hundred most expensive of many classes.
+  classes = sorted((entry for entry in chosen["classes"] if sum(entry["left"])),
+                   key=lambda entry: -entry["macs"])[:100]
+  by_class = _table(
+    ["class", "accuracy", f"mean {unit}", "images leaving at each exit"],
+    [[entry["class"], _percent(entry["accuracy"]),
+      f"{entry['macs'] / scale:.3f}", " · ".join(map(str, entry["left"]))]
+     for entry in classes])
+  pairs = list(zip(results["budgeted"], results["dominating"], strict=True))
+  beyond = _table(
+    ["q", f"mean {unit}", "calibration accuracy", "test accuracy",
+     f"searched: mean {unit}", "calibration accuracy", "test accuracy"],
+    [[f"{family['q']:g}", *(cell for entry in (family, found) for cell in (
+      f"{entry['macs'] / scale:.3f}", _percent(entry["calibration_accuracy"]),
+      _percent(entry["accuracy"])))]
+     for family, found in pairs[4::5] or pairs])
+  return f"""<h2>Early exits at {escape(chosen['target'])}</h2>
+<p>Test accuracy {_percent(chosen['accuracy'])} at
+{chosen['macs'] / scale:.3f} {unit}; {_percent(chosen['calibration_accuracy'])}
+at {chosen['calibration_macs'] / scale:.3f} on the calibration split, where the
+thresholds were chosen. Confidence is {escape(results['confidence'])};
+temperatures are fitted on the calibration split and judged on the test split,
+and change no exit.</p>
+{by_exit}
+<details><summary>By class, the most expensive first</summary>{by_class}</details>
+<h3>Thresholds beyond q</h3>
+<p>A search over threshold vectors, on the calibration split never less accurate
+nor more costly than the family of q. The test split says whether it kept what it
+gained.</p>
+{beyond}"""
+
+
+def _latency_section(latency: dict | None) -> str:
+  if latency is None:
+    return ""
+  device = latency["device"]
+  table = _table(
+    ["batch", "run", "point", "calls", "million MACs", "p50 (ms)", "p95 (ms)",
+     "images/s", "times as fast", "by MACs"],
+    [[row["batch"], _way(row), row["point"], row["calls"],
+      f"{row['macs'] / 1e6:.3f}", f"{row['p50_ms']:.3f}",
+      f"{row['p95_ms']:.3f}", f"{row['images_per_second']:,.0f}",
+      f"{row['speedup']:.2f}", f"{row['speedup_by_macs']:.2f}"]
+     for row in latency["rows"]])
+  picture = _picture(
+    "latency.png", "Measured on the test images, against what the simulated "
+    "mean MACs promise.")
+  return (f"<h2>Latency</h2>\n<p>On {escape(device['kind'])} "
+          f"({escape(device['platform'])}), after step {latency['step']:,}; "
+          f"times are of whole calls.</p>\n{picture}\n{table}")
+
+
 def render_page(config: dict, results: dict, q: float,
-                has_weights: bool) -> str:
+                has_weights: bool, latency: dict | None = None) -> str:
   """The page as HTML; `q` is that of the sample pictures."""
   count = results["samples"]
   if has_weights:
@@ -479,6 +593,8 @@ def render_page(config: dict, results: dict, q: float,
 <h2>Where images leave</h2>
 {exits}
 {pictured}
+{_early_exit_sections(results)}
+{_latency_section(latency)}
 <h2>Weights against loss</h2>
 {weights}
 <h2>Training</h2>

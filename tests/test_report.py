@@ -297,3 +297,36 @@ def test_embedded_digits_are_what_their_page_says():
     assert np.all(np.abs(counts / size - 0.1) < 0.005)
     everything.append(images.reshape(size, 64))
   assert len(np.unique(np.concatenate(everything), axis=0)) == 1797
+
+
+def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path):
+  workdir = make_workdir(tmp_path, 3)
+  results = make_results(3)
+  results |= {
+    "confidence": "margin", "dominating": results["budgeted"],
+    "chosen": {
+      "target": "macs:9e5", "calibration_accuracy": 0.97, "accuracy": 0.9612,
+      "calibration_macs": 8.8e5, "macs": 8.9e5, "exits": [0.5, 0.5, 0.0],
+      "exit_accuracy": [0.98, 0.9424, None], "classes": [
+        {"class": "<cat>", "accuracy": 0.9, "macs": 9e5, "left": [5, 5, 0]},
+        {"class": "none", "accuracy": None, "macs": None, "left": [0, 0, 0]}]},
+    "temperatures": [
+      {"exit": k, "temperature": 1.5, "ece": 0.05, "ece_scaled": 0.0123}
+      for k in (1, 2, 3)]}
+  (workdir / "results.json").write_text(json.dumps(results))
+  row = {"kind": "early", "point": "q = 1", "decides": "device", "batch": 1,
+         "calls": 9, "macs": 8e5, "p50_ms": 1.25, "p95_ms": 2.5,
+         "images_per_second": 777.0, "speedup": 1.75, "speedup_by_macs": 2.0}
+  (workdir / "latency.json").write_text(json.dumps({
+    "step": 480, "device": {"platform": "cpu", "kind": "cpu"},
+    "rows": [row, row | {"kind": "full", "batch": 64}]}))
+  page = write_report(workdir)
+  html = page.read_text()
+  assert "Early exits at macs:9e5" in html and "&lt;cat&gt;" in html
+  assert "<td>94.24 %</td><td>1.50</td><td>5.00 %</td><td>1.23 %</td>" in html
+  assert "<td>early, device decides</td>" in html
+  assert "<td>777</td><td>1.75</td><td>2.00</td>" in html
+  assert_picture(page.parent / "latency.png")
+  (workdir / "latency.json").write_text("{}")
+  with pytest.raises(ValueError, match="cannot use .*latency.json.*latency"):
+    write_report(workdir)
