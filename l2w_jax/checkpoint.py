@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
+from l2w_jax import parallel
 
 # Keys that may change when a run is resumed; all others shape its result.
 FREE_KEYS = ("evaluate", "log", "checkpoint", "num_devices")
@@ -92,15 +93,27 @@ class Checkpoints:
 
   def __init__(self, workdir: pathlib.Path, keep: int | None = None):
     self._folder = workdir.absolute() / "checkpoints"
+    self._manager = None
+    if not parallel.is_writer():
+      return
+    alone = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+      # Every process has the whole state; Orbax need not know of the others.
+      alone = ocp.options.MultiprocessingOptions(
+          primary_host=0, active_processes={0}, barrier_sync_key_prefix="writer")
+      if keep is not None:
+        self._folder.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
         self._folder, options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=keep is not None))
+            max_to_keep=keep, multiprocessing_options=alone,
+            create=keep is not None and jax.process_count() == 1))
 
   def __enter__(self) -> Checkpoints:
     return self
 
   def __exit__(self, *unused_error) -> None:
-    self._manager.close()
+    if self._manager is not None:
+      self._manager.close()
 
   def save(self, step: int, state: PyTree, info: dict[str, Any]) -> None:
     """Commits a step in the background.
@@ -108,6 +121,8 @@ class Checkpoints:
     Steps at or after it are deleted: they were damaged, or the run would not
     have gone back behind them, and Orbax would save nothing before the latest.
     """
+    if self._manager is None:
+      return
     for later in self._manager.all_steps():
       if later >= step:
         self._manager.delete(later)
@@ -126,6 +141,18 @@ class Checkpoints:
     Raises:
       ValueError: there are steps, but not one can be restored.
     """
+    found = self._latest(template) if self._manager is not None else None
+    if jax.process_count() == 1:
+      return found
+    # The files may be where process 0 alone can read them.
+    info = parallel.from_writer(found and found[1])
+    if info is None:
+      return None
+    state = found[0] if found else jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), template)
+    return parallel.arrays_from_writer(state), info
+
+  def _latest(self, template):
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:

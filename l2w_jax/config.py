@@ -240,7 +240,7 @@ KEYS = {
         "keep": _integer(2, 1, "checkpoints kept"),
     },
     "num_devices": _integer(
-        0, 0, "devices that share a batch; 0: all of this process"),
+        0, 0, "devices that share a batch; 0: all of the run"),
 }
 
 

@@ -61,26 +61,32 @@ def compile_scorer(
   mean = jnp.asarray(dataset.mean, jnp.float32)
   std = jnp.asarray(dataset.std, jnp.float32)
   batch = config.evaluate.batch * num_devices
+  devices = parallel.collectives(num_devices)
 
   def forward(variables, images):
     logits = backbone.apply(variables, augment.normalize(images, mean, std))
     prediction, confidence = exit_policy.confidence(
         logits, config.evaluate.confidence)
-    return confidence, prediction, logits
+    return devices.gather(confidence), devices.gather(prediction), devices.gather(
+        logits)
 
-  images = parallel.split_rows(
-      np.zeros((batch, *dataset.image_shape), np.uint8), num_devices)
+  own = parallel.own_rows(batch)
+  empty = np.zeros((own.stop - own.start, *dataset.image_shape), np.uint8)
   forward = parallel.map_devices(forward, num_devices).lower(
-      variables, images).compile()
+      variables, parallel.split_rows(empty, num_devices)).compile()
 
   def score(variables: PyTree, split: sources.Split) -> Scores:
-    parts = []
-    for images in feeds.batches(split.images, batch):
-      padding = [(0, batch - len(images))] + [(0, 0)] * 3
+    parts, num_samples = [], len(split.labels)
+    in_batch = np.arange(num_samples) % batch
+    mine = split.keep((own.start <= in_batch) & (in_batch < own.stop))
+    found = feeds.batches(mine.images, len(empty))
+    for start in range(0, num_samples, batch):
+      images = next(found, empty[:0])  # the last may have none for a process
+      padding = [(0, len(empty) - len(images))] + [(0, 0)] * 3
       outputs = forward(variables, parallel.split_rows(
           np.pad(images, padding), num_devices))
-      parts.append([parallel.merge_rows(np.asarray(x), num_devices)
-                    [:len(images)] for x in outputs])
+      parts.append([np.asarray(x)[:num_samples - start]
+                    for x in parallel.first(outputs, num_devices)])
     confidence, prediction, logits = map(
         np.concatenate, zip(*parts, strict=True))
     return Scores(confidence, prediction,
@@ -102,7 +108,7 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   began = time.monotonic()
   target = exit_targets.parse(config.evaluate.target)
   dataset = sources.load(config.data)
-  num_devices = parallel.num_local_devices(config.num_devices)
+  num_devices = parallel.count_devices(config.num_devices)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
   state, info = restore(workdir, config, backbone)
@@ -112,7 +118,8 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
                else dataset.train)
   num_calibration = len(chosen_on.labels)
   total = num_calibration + len(dataset.test.labels)
-  with Progress(total, unit="image", label="evaluate") as progress:
+  with Progress(total, unit="image", label="evaluate",
+                silent=not parallel.is_writer()) as progress:
     with progress.compiling("the evaluation"):
       score = compile_scorer(
           variables, backbone, dataset, config, num_devices)
@@ -155,9 +162,10 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
                    ("l2w_jax", "jax", "flax", "optax", "orbax-checkpoint")},
       "complete": bool(info["complete"]),
   }
-  _write_samples(workdir, dataset, test, thresholds)
-  checkpoint.write_atomically(
-      workdir / "results.json", json.dumps(results, indent=2) + "\n")
+  if parallel.is_writer():
+    _write_samples(workdir, dataset, test, thresholds)
+    checkpoint.write_atomically(
+        workdir / "results.json", json.dumps(results, indent=2) + "\n")
   return results
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 
+import jax
 from absl import flags
 
 from l2w_jax import command
@@ -12,11 +14,19 @@ from l2w_jax import config as config_lib
 FLAGS = flags.FLAGS
 command.define_config(
     "Needed to train; evaluate and report read the workdir's.")
-flags.DEFINE_string("workdir", None, "Run directory.")
+flags.DEFINE_string(
+    "workdir", None, "Run directory, kept by process 0 if there are several.")
 flags.DEFINE_enum(
     "mode", "all", ["all", "train", "evaluate", "report", "latency", "export"],
     "all: train, evaluate and report, as far as not done yet. latency: time "
     "early exits of an evaluated run. export: write its stages as StableHLO.")
+flags.DEFINE_bool(
+    "distributed", False, "One of several processes, which the environment "
+    "(Cloud TPU, Slurm, Open MPI) names.")
+flags.DEFINE_string(
+    "coordinator", None, "One of several processes: HOST:PORT of process 0.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def run(mode: str, workdir: pathlib.Path, config) -> None:
@@ -32,36 +42,44 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
       evaluate,
       export,
       latency,
+      parallel,
       report,
       train,
   )
 
+  say = print if parallel.is_writer() else lambda *_: None
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir {workdir} is not a directory; name another")
   if config is not None:
     config = config_lib.validate(config)
   elif mode in ("all", "train"):
     raise ValueError(f"--mode={mode} needs --config=FILE.py")
+  if mode in ("latency", "export") and jax.process_count() > 1:
+    raise ValueError(f"--mode={mode} is for one process; start it alone")
   compile_cache.enable()
-  if mode in ("evaluate", "report", "latency", "export"):
+  if mode in ("evaluate", "report", "latency", "export") and parallel.is_writer():
     made_with = checkpoint.read_config(workdir)
     if config is None:
       config = made_with
     else:
       checkpoint.check_same_run(workdir, config)
+  config = config_lib.from_dict(
+      parallel.from_writer(config and config.to_dict()))
   if mode in ("all", "train") and not train.train(workdir, config):
-    print(f"{workdir}: training had already finished")
-    if mode == "all" and _is_reported(workdir):
-      print(f"nothing to do; see {workdir / 'report' / 'index.html'}")
+    say(f"{workdir}: training had already finished")
+    if mode == "all" and parallel.from_writer(_is_reported(workdir)):
+      say(f"nothing to do; see {workdir / 'report' / 'index.html'}")
       return
   if mode in ("all", "evaluate"):
-    _print_results(evaluate.evaluate(workdir, config))
+    results = evaluate.evaluate(workdir, config)
+    if parallel.is_writer():
+      _print_results(results)
   if mode == "latency":
     _print_latency(latency.measure(workdir, config))
   if mode == "export":
-    print(f"export: {export.export(workdir)}")
-  if mode in ("all", "report", "latency"):
-    print(f"report: {report.write_report(workdir)}")
+    say(f"export: {export.export(workdir)}")
+  if mode in ("all", "report", "latency") and parallel.is_writer():
+    say(f"report: {report.write_report(workdir)}")
 
 
 def _is_reported(workdir: pathlib.Path) -> bool:
@@ -94,7 +112,22 @@ def _main(arguments: list[str]) -> None:
     raise ValueError(f"unexpected argument {arguments[0]!r}; flags begin with --")
   if not FLAGS.workdir:
     raise ValueError("--workdir is missing; name the directory of the run")
-  run(FLAGS.mode, pathlib.Path(FLAGS.workdir), FLAGS.config)
+  processes = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+  several = FLAGS.distributed or any(x is not None for x in processes)
+  if several:
+    from l2w_jax import parallel
+    parallel.initialize(*processes)
+  try:
+    run(FLAGS.mode, pathlib.Path(FLAGS.workdir), FLAGS.config)
+  except jax.errors.JaxRuntimeError as error:
+    if not several:
+      raise
+    # Mostly a connection that broke because the other end is gone.
+    sys.exit(
+        f"error: process {jax.process_index()} of {jax.process_count()} stopped "
+        f"({str(error).splitlines()[0]}), most likely because another one had; "
+        "see what the others wrote first, then start all of them again: the run "
+        "goes on from its last checkpoint")
 
 
 if __name__ == "__main__":

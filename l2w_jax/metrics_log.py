@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from l2w_jax import checkpoint
+from l2w_jax import checkpoint, parallel
 
 
 class MetricsLog:
@@ -14,11 +14,13 @@ class MetricsLog:
 
   Lines have a kind ("train", "evaluate", "weights"), a step and an epoch.
   Opening it for a run that resumes at `step` drops the lines after that step:
-  they are about to be written again.
+  they are about to be written again. With several processes the writer writes.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int = 0):
-    self._workdir = workdir
+    self._file = self._events = None
+    if not parallel.is_writer():
+      return
     path = workdir / "metrics.jsonl"
     if path.exists():
       lines = path.read_text(encoding="utf-8").splitlines()
@@ -31,13 +33,16 @@ class MetricsLog:
     return self
 
   def __exit__(self, *unused_error) -> None:
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     if self._events is not None:
       self._events.close()
 
   def write(self, kind: str, step: int, epoch: float,
             values: dict[str, Any]) -> None:
     """Writes one line; numbers and lists of numbers also become events."""
+    if self._file is None:
+      return
     self._file.write(json.dumps(
         {"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
     if self._events is None or kind == "weights":
@@ -51,7 +56,8 @@ class MetricsLog:
 
   def flush(self) -> None:
     """Makes everything written so far visible to readers."""
-    self._file.flush()
+    if self._file is not None:
+      self._file.flush()
     if self._events is not None:
       self._events.flush()
 

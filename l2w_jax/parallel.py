@@ -1,21 +1,29 @@
-"""The only file that knows devices: pmap, collectives, and how a batch is split.
+"""The only file that knows devices and processes: pmap, collectives, batches.
 
 A loader batch of 2B images is cut in two halves, and each device takes its share
 of both, so that N devices see together what one device would see. A step body
 that runs under pmap passes `AXIS` to BatchNorm and goes through the collectives
 of a `Collectives`; without pmap these are identities.
+
+A run of several processes (hosts) is one run over all of their devices:
+`num_devices` counts them all, and each process brings the rows of its own ones.
+Process 0, the writer, keeps the run directory.
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 AXIS = "devices"
+JOIN_SECONDS = 300  # for all processes of a run to come
+SILENCE_SECONDS = 30  # after which a process counts as dead
 Rows = Array | np.ndarray
 
 
@@ -74,64 +82,96 @@ def check_batch(batch: int, num_devices: int) -> None:
         f"device(s); use a multiple of {2 * num_devices}, such as {nearest}")
 
 
-def num_local_devices(wanted: int) -> int:
-  """Devices to use: `wanted`, or all of this process for 0.
+def count_devices(wanted: int) -> int:
+  """Devices to use: `wanted`, or all of the run for 0.
 
   Raises:
-    ValueError: more are wanted than there are.
+    ValueError: more are wanted than there are, or not all of several processes.
   """
-  available = jax.local_device_count()
+  available = jax.device_count()
   if wanted > available:
     raise ValueError(
-        f"config.num_devices is {wanted}, but this process has {available} "
+        f"config.num_devices is {wanted}, but this run has {available} "
         f"{jax.default_backend()} device(s); use {available} or 0 for all")
+  if jax.process_count() > 1 and wanted not in (0, available):
+    raise ValueError(
+        f"config.num_devices is {wanted}, but {jax.process_count()} processes "
+        f"use all of their {available} devices; leave it at 0")
   return wanted or available
+
+
+def _local(num_devices: int) -> int:
+  """How many of the devices of a run are of this process."""
+  return num_devices // jax.process_count()
+
+
+def _spread(x: Rows, num_devices: int) -> Array:
+  """[L …] of this process's L devices -> the mapped argument [D …] of all."""
+  mesh = jax.sharding.Mesh(jax.devices()[:num_devices], AXIS)
+  return jax.make_array_from_process_local_data(
+      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)),
+      np.asarray(x))
 
 
 def replicate(tree: PyTree, num_devices: int) -> PyTree:
   """The argument of a mapped function that is the same on every device."""
   if num_devices == 1:
     return jax.device_put(tree)
+  local = _local(num_devices)
+  if local < num_devices:
+    return jax.tree.map(lambda x: _spread(
+        np.broadcast_to(x, (local, *np.shape(x))), num_devices), tree)
   return jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (num_devices, *jnp.shape(x))), tree)
+      lambda x: jnp.broadcast_to(x, (local, *jnp.shape(x))), tree)
 
 
 def first(tree: PyTree, num_devices: int) -> PyTree:
-  """What device 0 holds of a replicated result."""
-  return tree if num_devices == 1 else jax.tree.map(lambda x: x[0], tree)
+  """What the first device here holds of a result that all of them have."""
+  if num_devices == 1:
+    return tree
+  if jax.process_count() > 1:
+    return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
+  return jax.tree.map(lambda x: x[0], tree)
 
 
 def split_rows(x: Rows, num_devices: int) -> Rows:
-  """[D·B …] -> [D B …] for a mapped function; unchanged for one device."""
+  """[L·B …] -> [L B …] for the L devices here; unchanged for one device."""
   if num_devices == 1:
     return x
-  return x.reshape(num_devices, -1, *x.shape[1:])
+  x = x.reshape(_local(num_devices), -1, *x.shape[1:])
+  return x if jax.process_count() == 1 else _spread(x, num_devices)
 
 
 def put_rows(x: np.ndarray, num_devices: int) -> Array:
   """`split_rows`, each row block on its own device already."""
   if num_devices == 1:
     return jax.device_put(x)
-  mesh = jax.sharding.Mesh(jax.local_devices()[:num_devices], AXIS)
-  return jax.device_put(split_rows(x, num_devices), jax.sharding.NamedSharding(
-      mesh, jax.sharding.PartitionSpec(AXIS)))
+  return _spread(
+      x.reshape(_local(num_devices), -1, *x.shape[1:]), num_devices)
+
+
+def own_rows(batch: int) -> slice:
+  """Which rows of a batch of all devices this process takes, in its order."""
+  size = batch // jax.process_count()
+  return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
 
 def rows_of_host(
     batch: int, num_devices: int, host: int, num_hosts: int) -> np.ndarray:
-  """The rows of a loader batch that a host's devices take, in their order.
+  """The rows of a loader batch that the devices of a host take, in their order.
 
   Device d of all D takes rows [d·B/D, (d+1)·B/D) of either half, as `own_halves`
-  has it; hosts have `num_devices` devices each, in order.
+  has it; a host is a process with `num_devices` / `num_hosts` of them.
   """
-  check_batch(batch, num_devices * num_hosts)
-  rows = np.arange(batch).reshape(2, num_hosts, num_devices, -1)[:, host]
-  return rows.swapaxes(0, 1).reshape(-1)
+  check_batch(batch, num_devices)
+  rows = np.arange(batch).reshape(2, num_hosts, num_devices // num_hosts, -1)
+  return rows[:, host].swapaxes(0, 1).reshape(-1)
 
 
-def merge_rows(x: Rows, num_devices: int) -> Rows:
-  """[D B …] -> [D·B …], undoing `split_rows`."""
-  return x if num_devices == 1 else x.reshape(-1, *x.shape[2:])
+def own_rows_of_halves(batch: int, num_devices: int) -> np.ndarray:
+  """`rows_of_host` of this process."""
+  return rows_of_host(
+      batch, num_devices, jax.process_index(), jax.process_count())
 
 
 def map_devices(
@@ -144,5 +184,67 @@ def map_devices(
   if num_devices == 1:
     return jax.jit(function, donate_argnums=donate_argnums)
   return jax.pmap(
-      function, AXIS, devices=jax.local_devices()[:num_devices],
+      function, AXIS, devices=jax.devices()[:num_devices],
       donate_argnums=donate_argnums)
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None,
+    process_id: int | None = None) -> None:
+  """Makes this process one of a run of several; before JAX is used at all.
+
+  Without arguments the cluster's environment (Cloud TPU, Slurm, Open MPI) says
+  which processes there are. When one dies, the others stop within a minute.
+
+  Args:
+    coordinator: HOST:PORT of process 0.
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+
+  Raises:
+    ValueError: arguments that do not fit, an environment that says nothing, or
+      processes that do not come.
+  """
+  given = (coordinator, num_processes, process_id)
+  if any(x is None for x in given) and any(x is not None for x in given):
+    raise ValueError(
+        "--coordinator=HOST:PORT, --num_processes and --process_id belong "
+        f"together; got {coordinator}, {num_processes}, {process_id}")
+  if num_processes is not None and not 0 <= process_id < num_processes:
+    raise ValueError(f"--process_id={process_id} must be at least 0 and below "
+                     f"--num_processes={num_processes}")
+  # JAX would catch SIGTERM; a process that is asked to stop should.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+        *given, initialization_timeout=JOIN_SECONDS,
+        heartbeat_timeout_seconds=SILENCE_SECONDS,
+        shutdown_timeout_seconds=SILENCE_SECONDS)
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(
+        "the processes of this run did not find each other: "
+        f"{str(error).splitlines()[0]}; start all of them within "
+        f"{JOIN_SECONDS} s, each with the same --coordinator and "
+        "--num_processes and its own --process_id") from error
+
+
+def is_writer() -> bool:
+  """Whether this process keeps the run directory: process 0 does."""
+  return jax.process_index() == 0
+
+
+def from_writer(value: Any) -> Any:
+  """What process 0 gives, which is plain JSON data; others' values are dropped."""
+  if jax.process_count() == 1:
+    return value
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  size = int(arrays_from_writer(np.int32(len(text))))
+  text = text if is_writer() else np.zeros(size, np.uint8)
+  return json.loads(arrays_from_writer(text).tobytes())
+
+
+def arrays_from_writer(tree: PyTree) -> PyTree:
+  """The arrays of process 0; others give a tree of the same shapes."""
+  if jax.process_count() == 1:
+    return tree
+  return multihost_utils.broadcast_one_to_all(tree)

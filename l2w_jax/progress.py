@@ -53,16 +53,19 @@ class Progress:
     stream: where to write; standard error if None. It decides between bar and
       lines by `isatty()`.
     clock: returns seconds; replaced in tests.
+    silent: writes nothing, for all but one process of a run.
   """
 
   def __init__(self, total: int, unit: str = "step", label: str = "train",
                interval: float = 10.0, start: int = 0,
                stream: io.TextIOBase | None = None,
-               clock: Callable[[], float] = time.monotonic):
+               clock: Callable[[], float] = time.monotonic,
+               silent: bool = False):
+    self._silent = silent
     self._total, self._unit, self._label = total, unit, label
     self._clock = clock
     self._stream = sys.stderr if stream is None else stream
-    self._live = self._stream.isatty()
+    self._live = self._stream.isatty() and not silent
     self._interval = BAR_INTERVAL if self._live else interval
     self._bar = None
     self._done, self._values = start, {}
@@ -92,7 +95,7 @@ class Progress:
     line = f"{self._label}: {message}"
     if self._bar is not None:
       self._bar.write(line, file=self._stream)
-    else:
+    elif not self._silent:
       print(line, file=self._stream, flush=True)
 
   @contextlib.contextmanager

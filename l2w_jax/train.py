@@ -95,16 +95,17 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
     ValueError: the workdir belongs to another config, or the config does not
       fit the data or the devices. Nothing is compiled or written before.
   """
-  num_devices = parallel.num_local_devices(config.num_devices)
+  num_devices = parallel.count_devices(config.num_devices)
   parallel.check_batch(config.batch, num_devices)
   dataset = sources.load(config.data)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
   loop = _Loop(workdir, config, dataset, backbone, num_devices)
-  checkpoint.check_same_run(workdir, config)
-  workdir.mkdir(parents=True, exist_ok=True)
-  if not (workdir / "config.json").exists():
-    checkpoint.write_config(workdir, config)
+  if parallel.is_writer():
+    checkpoint.check_same_run(workdir, config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "config.json").exists():
+      checkpoint.write_config(workdir, config)
   with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
     return loop.run(checkpoints)
 
@@ -134,7 +135,8 @@ class _Loop:
       return False
     with (MetricsLog(self._workdir, step) as self._log,
           Progress(self._total, label=f"train {config.method}",
-                   interval=config.log.seconds, start=step) as self._progress):
+                   interval=config.log.seconds, start=step,
+                   silent=not parallel.is_writer()) as self._progress):
       if step:
         self._progress.note(f"resuming after step {step} of {self._total}")
       state = parallel.replicate(state, self._num_devices)

@@ -168,7 +168,8 @@ MISTAKES = [
      "No such file or directory: 'configs/nope.py'"),
     (["--config=configs/digits.py:lw2"], "config.method must be one of"),
     (["--config=configs/digits.py", "--workdir="], "--workdir is missing"),
-    (["--config=configs/digits.py", "--mode=test"], "<all|train|evaluate|report|latency|export>"),
+    (["--config=configs/digits.py", "--mode=test"],
+     "<all|train|evaluate|report|latency|export>"),
     (["--config=configs/digits.py", "--wrokdir=x"], "wrokdir"),
     (["--config=configs/digits.py", "evaluate"],
      "unexpected argument 'evaluate'"),
@@ -268,7 +269,7 @@ def test_images_too_small_for_the_scales(tmp_path, compilations):
 
 def test_a_batch_must_split_over_devices_too(
     tmp_path, tiny_config, monkeypatch):
-  monkeypatch.setattr(parallel, "num_local_devices", lambda wanted: 3)
+  monkeypatch.setattr(parallel, "count_devices", lambda wanted: 3)
   with pytest.raises(ValueError, match="on 3 .* a multiple of 6, such as 126"):
     main.run("all", tmp_path / "run", tiny_config)
   assert not list(tmp_path.iterdir())

@@ -255,9 +255,9 @@ def test_a_batch_that_splits_is_not(batch, num_devices):
 
 def test_no_more_devices_than_there_are():
   available = jax.local_device_count()
-  assert parallel.num_local_devices(0) == available
+  assert parallel.count_devices(0) == available
   with pytest.raises(ValueError, match=f"has {available} cpu device.*or 0"):
-    parallel.num_local_devices(available + 1)
+    parallel.count_devices(available + 1)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def make_feed(config, num_devices=1, host=None, num_hosts=1):
   if host is None:
     return feeds.make_feed(dataset, config, key, num_devices)
   return streaming.StreamingFeed(
-      dataset, config, key, num_devices, host, num_hosts)
+      dataset, config, key, num_devices,
+      parallel.rows_of_host(BATCH, num_hosts, host, num_hosts))
 
 
 def batches_of(config, steps):
@@ -101,14 +102,14 @@ def test_hosts_read_disjoint_rows_that_cover_the_batch():
 @pytest.mark.parametrize("hosts, devices", [(1, 1), (1, 4), (3, 1), (2, 3)])
 def test_rows_of_hosts_are_those_of_their_devices(hosts, devices):
   batch = 24
-  rows = np.stack([parallel.rows_of_host(batch, devices, host, hosts)
+  rows = np.stack([parallel.rows_of_host(batch, hosts * devices, host, hosts)
                    for host in range(hosts)]).reshape(hosts * devices, 2, -1)
   for d, (first, second) in enumerate(rows):
     size = batch // 2 // hosts // devices
     np.testing.assert_array_equal(first, d * size + np.arange(size))
     np.testing.assert_array_equal(second, first + batch // 2)
   with pytest.raises(ValueError, match="does not split into two halves"):
-    parallel.rows_of_host(batch + 1, devices, 0, hosts)
+    parallel.rows_of_host(batch + 1, hosts * devices, 0, hosts)
 
 
 def test_a_closed_feed_leaves_no_thread_behind():

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from l2w_jax import parallel
 from l2w_jax.data.resident import ResidentFeed
 from l2w_jax.data.sources import Dataset, LazyImages
 from l2w_jax.data.streaming import StreamingFeed
@@ -29,11 +29,12 @@ def make_feed(
     dataset: lazy images are streamed, others kept on the devices.
     config: the whole config.
     key: decides order and augmentation.
-    num_devices: of this process.
+    num_devices: of all processes.
   """
   if isinstance(dataset.train.images, LazyImages):
-    return StreamingFeed(dataset, config, key, num_devices,
-                         jax.process_index(), jax.process_count())
+    return StreamingFeed(
+        dataset, config, key, num_devices,
+        parallel.own_rows_of_halves(config.batch, num_devices))
   return ResidentFeed(dataset, num_devices)
 
 

@@ -51,18 +51,16 @@ class StreamingFeed:
     dataset: with lazy images.
     config: the whole config.
     key: root key of the feed.
-    num_devices: of this host.
-    host, num_hosts: which rows of a batch are this host's.
+    num_devices: of all processes.
+    rows: of a loader batch that this process reads.
   """
 
   block = 1  # steps under one dispatch
   make_batch_fn = staticmethod(make_batch_fn)
 
   def __init__(self, dataset: Dataset, config: ConfigDict, key: Array,
-               num_devices: int, host: int = 0, num_hosts: int = 1):
-    self._num_devices = num_devices
-    self._rows = parallel.rows_of_host(
-        config.batch, num_devices, host, num_hosts)
+               num_devices: int, rows: np.ndarray):
+    self._num_devices, self._rows = num_devices, rows
     self._samples = _samples(dataset, config, key, self._rows)
     self._replicated = parallel.replicate(
         {"mean": np.asarray(dataset.mean, np.float32),
