@@ -24,7 +24,9 @@ from l2w_jax import config as config_lib
 from l2w_jax import parallel
 
 # Keys that may change when a run is resumed; all others shape its result.
-FREE_KEYS = ("evaluate", "log", "checkpoint", "num_devices")
+FREE_KEYS = (
+    "evaluate", "log", "checkpoint", "num_devices", "data.data_dir",
+    "model.remat")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

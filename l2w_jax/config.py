@@ -262,10 +262,11 @@ def differences(
 
   Args:
     config, other: validated configs.
-    ignore: top-level keys that may differ.
+    ignore: keys that may differ; one with keys of its own stands for all.
   """
   flat, other_flat = (
-      {key: value for key, value in _flat(c) if key.split(".")[0] not in ignore}
+      {key: value for key, value in _flat(c)
+       if not {key, key.split(".")[0]} & set(ignore)}
       for c in (config, other))
   return [f"{key} is {flat.get(key)!r} here and {other_flat.get(key)!r} there"
           for key in sorted(flat.keys() | other_flat.keys())

@@ -512,17 +512,22 @@ def _early_exit_sections(results: dict) -> str:
   return f"""<h2>Early exits at {escape(chosen['target'])}</h2>
 <p>Test accuracy {_percent(chosen['accuracy'])} at
 {chosen['macs'] / scale:.3f} {unit}; {_percent(chosen['calibration_accuracy'])}
-at {chosen['calibration_macs'] / scale:.3f} on the calibration split, where the
-thresholds were chosen. Confidence is {escape(results['confidence'])};
-temperatures are fitted on the calibration split and judged on the test split,
-and change no exit.</p>
+at {chosen['calibration_macs'] / scale:.3f} on the {_chosen_on(results)} split,
+where the thresholds were chosen. Confidence is {escape(results['confidence'])};
+temperatures are fitted on that split and judged on the test split, and change no
+exit.</p>
 {by_exit}
 <details><summary>By class, the most expensive first</summary>{by_class}</details>
 <h3>Thresholds beyond q</h3>
-<p>A search over threshold vectors, on the calibration split never less accurate
+<p>A search over threshold vectors, on the split it searches never less accurate
 nor more costly than the family of q. The test split says whether it kept what it
 gained.</p>
 {beyond}"""
+
+
+def _chosen_on(results: dict) -> str:
+  """Split the thresholds come from: train, as released, if none was held out."""
+  return "calibration" if results["samples"]["calibration"] else "train"
 
 
 def _latency_section(latency: dict | None) -> str:
@@ -564,7 +569,7 @@ def render_page(config: dict, results: dict, q: float,
     "Budgeted classification lets each image leave at the first exit that is "
     "confident enough; q sets how many are meant to leave where.")
   exits = _picture(
-    "exits.png", "Thresholds were chosen on the calibration split.")
+    "exits.png", f"Thresholds were chosen on the {_chosen_on(results)} split.")
   pictured = _picture(
     "samples.png", "The first test images to leave at either end at "
     f"q = {q:g}. A wrong prediction is red: label → prediction.")

@@ -190,6 +190,13 @@ def test_config_json_is_the_config(tmp_path, tiny_config):
   again = checkpoint.read_config(tmp_path)
   assert again == tiny_config and again.is_locked
   checkpoint.check_same_run(tmp_path, tiny_config)
+  moved = again.copy_and_resolve_references()
+  with moved.unlocked():
+    moved.data.data_dir, moved.num_devices = "elsewhere", 3
+  checkpoint.check_same_run(tmp_path, moved)
+  moved.data.pad = 2
+  with pytest.raises(ValueError, match="config.data.pad is 2 here and 1 there"):
+    checkpoint.check_same_run(tmp_path, moved)
 
 
 def test_broken_config_json_is_one_clear_error(tmp_path, tiny_config):

@@ -131,6 +131,16 @@ def test_any_number_of_exits_is_drawn(tmp_path, num_exits, qs):
     assert_picture(page.parent / name)
 
 
+def test_the_page_names_the_split_that_thresholds_come_from(page, tmp_path):
+  assert "chosen on the calibration split" in page.read_text()
+  workdir = make_workdir(tmp_path, 2)
+  path = workdir / "results.json"
+  results = json.loads(path.read_text())
+  results["samples"]["calibration"] = 0
+  path.write_text(json.dumps(results))
+  assert "chosen on the train split" in write_report(workdir).read_text()
+
+
 def test_every_picture_is_drawn_and_on_the_page(page):
   assert {path.name for path in page.parent.iterdir()} == {
     "index.html", "weights.png", *PICTURES}
