@@ -11,6 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
 import benchmark  # noqa: E402
 from conftest import ROOT, TINY  # noqa: E402
 
+pytestmark = pytest.mark.slow
 CONFIG = str(ROOT / "configs/digits.py")
 
 

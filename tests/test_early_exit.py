@@ -87,6 +87,7 @@ def test_every_measure_stops_as_simulated(measure):
   assert_equals_simulation(network.with_thresholds(thresholds), images)
 
 
+@pytest.mark.slow
 def test_ranet_stops_as_simulated():
   network, images = make_network("ranet"), make_images(80)
   own = network.with_thresholds(thresholds_for(network, images))
@@ -94,7 +95,8 @@ def test_ranet_stops_as_simulated():
   assert len(set(exits)) > 3
 
 
-@pytest.mark.parametrize("name", ["msdnet", "ranet"])
+@pytest.mark.parametrize("name", [
+    "msdnet", pytest.param("ranet", marks=pytest.mark.slow)])
 def test_stages_give_the_logits_of_the_whole_network(name):
   network, images = make_network(name), make_images(16)
   prediction, confidence = network.simulate(images)

@@ -99,6 +99,29 @@ def test_training_updates_statistics_and_evaluation_does_not_need_to(network):
       np.array_equal(new, old), False), stats, variables["batch_stats"])
 
 
+@pytest.mark.slow
+def test_rematerialisation_changes_no_derivative():
+  images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+  plain = build("msdnet", num_exits=2)
+  variables = plain.init(jax.random.key(0))
+
+  def gradient(backbone):
+    @jax.jit
+    @jax.grad
+    def run(params):
+      logits, _ = backbone.apply(
+          {**variables, "params": params}, images, train=True)
+      return jnp.square(logits).sum()
+
+    return run(variables["params"])
+
+  # Float32, of which other operations are fused.
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+          a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()),
+      gradient(build("msdnet", num_exits=2, remat=True)), gradient(plain))
+
+
 def test_batch_norm_is_pytorchs():
   """Biased variance normalises, the unbiased one is stored with weight 0.1."""
   x = np.random.default_rng(0).normal(2.0, 3.0, (4, 2, 2, 3))
