@@ -35,6 +35,7 @@ from l2w_jax.progress import Progress
 from l2w_jax.train_state import TrainState, abstract_state
 
 QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
+LOGITS_KEPT = 10_000  # of a split; all of ImageNet's would be gigabytes
 SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
 
 
@@ -42,7 +43,8 @@ class Scores(NamedTuple):
   """What thresholds and curves need, for the N samples of a split.
 
   confidence: float32 [N K], by the measure of the config; prediction: int32
-  [N K]; correct: bool [N K]; logits: float32 [N K C].
+  [N K]; correct: bool [N K]; logits: float32 [≤ LOGITS_KEPT K C], of the first
+  samples, which are in no order that matters.
   """
   confidence: np.ndarray
   prediction: np.ndarray
@@ -85,8 +87,10 @@ def compile_scorer(
       padding = [(0, len(empty) - len(images))] + [(0, 0)] * 3
       outputs = forward(variables, parallel.split_rows(
           np.pad(images, padding), num_devices))
-      parts.append([np.asarray(x)[:num_samples - start]
-                    for x in parallel.first(outputs, num_devices)])
+      *found_here, logits = (
+          np.asarray(x)[:num_samples - start]
+          for x in parallel.first(outputs, num_devices))
+      parts.append([*found_here, logits[:max(0, LOGITS_KEPT - start)].copy()])
     confidence, prediction, logits = map(
         np.concatenate, zip(*parts, strict=True))
     return Scores(confidence, prediction,
@@ -265,16 +269,20 @@ def temperatures(
 ) -> list[dict[str, float]]:
   """The "temperatures" list of results.json, one entry per exit.
 
-  Fitted on the calibration split; the errors are those of the test split.
+  Fitted on the calibration split; the errors are those of the test split. Both
+  on their first `LOGITS_KEPT` samples.
   """
-  fitted = temperature.fit(calibration.logits, calibration_labels)
+  fitted = temperature.fit(
+      calibration.logits, calibration_labels[:len(calibration.logits)])
   before, after = (
       temperature.calibration_error(
-          temperature.scaled_confidence(test.logits, t), test.correct)
+          temperature.scaled_confidence(test.logits, t),
+          test.correct[:len(test.logits)])
       for t in (jnp.ones_like(fitted), fitted))
   return [
       {"exit": k + 1, "temperature": float(t), "ece": float(before[k]),
-       "ece_scaled": float(after[k])} for k, t in enumerate(fitted)]
+       "ece_scaled": float(after[k]), "samples": len(test.logits)}
+      for k, t in enumerate(fitted)]
 
 
 def _or_none(x) -> float | None:

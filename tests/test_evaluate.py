@@ -29,7 +29,9 @@ def make_dataset(num):
 
 
 @pytest.mark.parametrize("num, batch", [(23, 7), (21, 7), (5, 8), (8, 8), (1, 3)])
-def test_every_sample_is_scored_once_and_in_order(tiny_config, num, batch):
+def test_every_sample_is_scored_once_and_in_order(
+    tiny_config, num, batch, monkeypatch):
+  monkeypatch.setattr(evaluate, "LOGITS_KEPT", 13)
   tiny_config.evaluate.batch = batch
   dataset = make_dataset(num)
   weight = np.random.default_rng(3).normal(size=(EXITS, 6, CLASSES))
@@ -40,7 +42,10 @@ def test_every_sample_is_scored_once_and_in_order(tiny_config, num, batch):
   for split in (dataset.calibration, dataset.test):
     scores = score(variables, split)
     x = (split.images.reshape(num, -1) - 100.0) / 50.0
-    probability = oracles.softmax(np.einsum("bd,kdc->bkc", x, weight))
+    logits = np.einsum("bd,kdc->bkc", x, weight)
+    np.testing.assert_allclose(
+        scores.logits, logits[:13], rtol=1e-4, atol=1e-4)
+    probability = oracles.softmax(logits)
     # Float32 against float64, logits of up to about ten.
     np.testing.assert_allclose(
         scores.confidence, probability.max(-1), rtol=2e-5)
