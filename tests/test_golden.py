@@ -34,6 +34,7 @@ def test_logits_and_statistics_are_the_released_ones(name):
   assert max(errors.values()) < 1e-12, errors  # rounding, measured 2e-14
 
 
+@pytest.mark.slow
 def test_float32_logits_are_the_released_ones():
   path = FOLDER / "forward_msdnet_cifar10_nb5_lin_prunemin.npz"
   with np.load(path) as fixture:

@@ -195,6 +195,7 @@ def first_losses(num_devices):
   return losses
 
 
+@pytest.mark.slow
 def test_devices_share_a_streamed_batch():
   done = subprocess.run(
       [sys.executable, __file__], capture_output=True, text=True, cwd=ROOT,
