@@ -11,6 +11,12 @@ import pathlib
 import jax
 
 
+def user_folder() -> pathlib.Path:
+  """Where this package keeps what it can make again: below XDG_CACHE_HOME."""
+  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(base) / "l2w_jax"
+
+
 def enable() -> pathlib.Path | None:
   """Folder where JAX keeps compiled programs from now on.
 
@@ -25,8 +31,7 @@ def enable() -> pathlib.Path | None:
       jax.config.jax_compilation_cache_dir):
     chosen = jax.config.jax_compilation_cache_dir
     return pathlib.Path(chosen) if chosen else None
-  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  folder = pathlib.Path(base) / "l2w_jax" / "jax"
+  folder = user_folder() / "jax"
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:

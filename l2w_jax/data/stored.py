@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from absl import logging
 
+from l2w_jax import compile_cache
 from l2w_jax.data import pixels
 from l2w_jax.progress import Progress
 
@@ -193,8 +194,7 @@ def cached(
   for path in records.files:
     stat = path.stat()
     key.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  path = pathlib.Path(home) / "l2w_jax" / f"{kind}-{key.hexdigest()}.npz"
+  path = compile_cache.user_folder() / f"{kind}-{key.hexdigest()}.npz"
   try:
     with path.open("rb") as file, np.load(file) as arrays:
       return dict(arrays)
