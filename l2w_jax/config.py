@@ -202,6 +202,9 @@ KEYS = {
             "weights average to 1 over it; reference: col, row, mat"),
         "inputs": _choice(
             "loss", ("loss", "confidence", "both"), "what the WPN looks at"),
+        "estimator": _choice(
+            "grad", ("grad", "jvp"),
+            "of the WPN gradient, Eq. 8; functions of these names in meta.py"),
         "interval": _integer(
             1, 1, "loader batches between WPN updates, counted in an epoch"),
         "hidden": _integer(500, 1, "units in a hidden layer of the WPN"),

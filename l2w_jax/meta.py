@@ -19,6 +19,8 @@ the vector-Jacobian product of the loss matrix with w / B. So a caller forms
 once, and Eqs. 7 and 9 share that one forward pass: `pull` is all they need of
 the network. `jax.grad` with respect to Φ through `pull` transposes a linear map;
 no second derivative of the network is ever formed, and the gradient is exact.
+`config.meta.estimator` chooses it, or another function of `ESTIMATORS`, all of
+which take the same `LookAhead`.
 
 Networks, optimizers and devices come in as functions; nothing here knows them.
 Shapes: B = samples on this device, K = exits. Losses are in nats.
@@ -26,7 +28,7 @@ Shapes: B = samples on this device, K = exits. Losses are in nats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, PyTree
@@ -62,28 +64,78 @@ def pseudo_update(
   return sgd_step(average(backbone_gradient(pull, weights)))
 
 
-def wpn_gradient(
-    wpn_params: Params,
-    weights_fn: Callable[[Params], Float[Array, "B K"]],
-    pull: Pull,
-    sgd_step: Callable[[Params], Params],
-    meta_loss_fn: Callable[[Params], tuple[Float[Array, ""], Any]],
-    average: Callable[[Params], Params] = lambda gradient: gradient,
-) -> tuple[tuple[Float[Array, ""], Any], Params]:
-  """((L_meta, aux), ∇_Φ L_meta(Θ̂(Φ))): the exact meta-gradient of Eq. 8.
+class LookAhead(NamedTuple):
+  """One look-ahead, as functions: all that an estimator of Eq. 8 is given.
 
-  Args:
-    wpn_params: Φ.
-    weights_fn: Φ -> sample weights of the train half.
-    pull, sgd_step, average: as in `pseudo_update`.
-    meta_loss_fn: Θ̂ -> (L_meta on the meta half, anything else worth keeping).
-      It decides inside which exit scores which sample, without a gradient.
+  params: Θ.
+  losses_fn: Θ -> loss matrix [B K] of the train half.
+  pull: its transposed Jacobian at Θ, from `jax.vjp`.
+  weights_fn: Φ -> sample weights [B K] of the train half.
+  sgd_step, average: as in `pseudo_update`.
+  meta_loss_fn: Θ̂ -> (L_meta on the meta half, anything else worth keeping). It
+    decides inside which exit scores which sample, without a gradient.
   """
+  params: Params
+  losses_fn: Callable[[Params], Float[Array, "B K"]]
+  pull: Pull
+  weights_fn: Callable[[Params], Float[Array, "B K"]]
+  sgd_step: Callable[[Params], Params]
+  meta_loss_fn: Callable[[Params], tuple[Float[Array, ""], Any]]
+  average: Callable[[Params], Params] = lambda mean: mean
+
+
+MetaGradient = tuple[tuple[Float[Array, ""], Any], Params]
+
+
+def wpn_gradient(wpn_params: Params, look: LookAhead) -> MetaGradient:
+  """((L_meta, aux), ∇_Φ L_meta(Θ̂(Φ))): Eq. 8 as it is defined, exact."""
   def objective(wpn_params):
     pseudo_params = pseudo_update(
-        pull, weights_fn(wpn_params), sgd_step, average)
-    return meta_loss_fn(pseudo_params)
+        look.pull, look.weights_fn(wpn_params), look.sgd_step, look.average)
+    return look.meta_loss_fn(pseudo_params)
 
   (meta_loss, aux), gradient = jax.value_and_grad(
       objective, has_aux=True)(wpn_params)
-  return (average(meta_loss), aux), average(gradient)
+  return (look.average(meta_loss), aux), look.average(gradient)
+
+
+def wpn_gradient_jvp(wpn_params: Params, look: LookAhead) -> MetaGradient:
+  """`wpn_gradient` by another road: one forward-mode pass over the train half.
+
+  With v = ∇ L_meta at Θ̂, and α the factor by which an SGD step scales its
+  gradient,
+
+      ∂L_meta/∂w[i,k] = -(α/B) ⟨∇_Θ ℓ[i,k], v⟩
+
+  is how fast ℓ[i,k] changes along -α v, which `jax.jvp` gives for the whole
+  matrix at once. Exact.
+  """
+  def slopes(direction):
+    return jax.jvp(look.losses_fn, (look.params,), (direction,))[1]
+
+  return _from_slopes(slopes, wpn_params, look)
+
+
+def _from_slopes(
+    slopes: Callable[[Params], Float[Array, "B K"]],
+    wpn_params: Params, look: LookAhead) -> MetaGradient:
+  """Eq. 8 from how fast each loss changes along a direction in Θ.
+
+  The direction is v pulled back through the SGD step, which keeps -α v of it:
+  momentum and weight decay do not depend on Φ. Over devices it is the mean of
+  their v, the same on each; a device gives the slopes of its own samples, whose
+  gradients by Φ are averaged at the end.
+  """
+  weights, pull_weights = jax.vjp(look.weights_fn, wpn_params)
+  pseudo_params, pull_step = jax.vjp(
+      lambda gradient: look.sgd_step(look.average(gradient)),
+      backbone_gradient(look.pull, weights))
+  (meta_loss, aux), v = jax.value_and_grad(
+      look.meta_loss_fn, has_aux=True)(pseudo_params)
+  (direction,) = pull_step(v)
+  (gradient,) = pull_weights(slopes(direction) / weights.shape[0])
+  return (look.average(meta_loss), aux), look.average(gradient)
+
+
+# config.meta.estimator: the function that estimates Eq. 8.
+ESTIMATORS = {"grad": wpn_gradient, "jvp": wpn_gradient_jvp}

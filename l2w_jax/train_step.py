@@ -177,6 +177,7 @@ def _l2w_half_step(backbone, config, devices):
   """Eqs. 7, 8 and 9 on one pair of halves."""
   optimizer, wpn_optimizer = sgd(config.optimizer), adam(config.meta)
   proportions = allocation.proportions(config.meta.q, backbone.num_exits)
+  wpn_gradient = meta.ESTIMATORS[config.meta.estimator]
 
   def weights_of(wpn_params, features):
     return weighting.sample_weights(
@@ -208,9 +209,11 @@ def _l2w_half_step(backbone, config, devices):
       return meta_loss, devices.own(allocated)
 
     def updated_wpn():
-      (meta_loss, allocated), gradient = meta.wpn_gradient(
-          state.wpn_params, lambda phi: weights_of(phi, features), pull,
-          sgd_step, meta_loss_fn, devices.mean)
+      (meta_loss, allocated), gradient = wpn_gradient(
+          state.wpn_params, meta.LookAhead(
+              state.params, lambda params: losses_fn(params)[0], pull,
+              lambda phi: weights_of(phi, features), sgd_step, meta_loss_fn,
+              devices.mean))
       updates, wpn_opt_state = wpn_optimizer.update(
           gradient, state.wpn_opt_state, state.wpn_params)
       wpn_params = apply_updates(state.wpn_params, updates, wpn_learning_rate)

@@ -43,7 +43,9 @@ def test_two_parameters_by_hand():
     return 0.5 * jnp.square(pseudo[0, 0] - 1), pseudo
 
   (meta_loss, pseudo), gradient = meta.wpn_gradient(
-      jnp.ones(()), lambda phi: phi[None, None], pull, sgd_step, meta_loss_fn)
+      jnp.ones(()), meta.LookAhead(
+          theta, losses_fn, pull, lambda phi: phi[None, None], sgd_step,
+          meta_loss_fn))
   np.testing.assert_allclose(pseudo, [[2.57]], rtol=1e-14)
   np.testing.assert_allclose(meta_loss, 0.5 * 1.57**2, rtol=1e-14)
   np.testing.assert_allclose(gradient, -0.471, rtol=1e-14)
@@ -66,10 +68,10 @@ def problem(seed=0, num=7, exits=3, dim=4):
 ALPHA, MOMENTUM, DECAY, EPSILON = 0.3, 0.9, 0.05, 0.7
 
 
-def ours(p, phi):
+def ours(p, phi, estimator="grad"):
   """(L_meta, ∇_Φ L_meta) with a one-layer tanh WPN on the losses."""
-  losses, pull = jax.vjp(
-      least_squares(jnp.asarray(p["x"]), jnp.asarray(p["y"])), p["theta"])
+  losses_fn = least_squares(jnp.asarray(p["x"]), jnp.asarray(p["y"]))
+  losses, pull = jax.vjp(losses_fn, p["theta"])
   features = weighting.features(losses, losses, "loss")
 
   def weights_fn(phi):
@@ -86,8 +88,9 @@ def ours(p, phi):
     losses = least_squares(p["meta_x"], p["meta_y"])(pseudo)
     return (share * losses).sum(), None
 
-  (meta_loss, _), gradient = meta.wpn_gradient(
-      phi, weights_fn, pull, jax.jit(sgd_step), meta_loss_fn)
+  (meta_loss, _), gradient = meta.ESTIMATORS[estimator](phi, meta.LookAhead(
+      p["theta"], losses_fn, pull, weights_fn, jax.jit(sgd_step),
+      meta_loss_fn))
   return meta_loss, gradient
 
 
@@ -120,10 +123,11 @@ def closed_form(p, phi):
   return losses.T @ (du * (1 - u**2))
 
 
+@pytest.mark.parametrize("estimator", ["grad", "jvp"])
 @pytest.mark.parametrize("seed", range(3))
-def test_wpn_gradient_is_the_closed_form(seed):
+def test_wpn_gradient_is_the_closed_form(seed, estimator):
   p = problem(seed)
-  _, gradient = ours(p, jnp.asarray(p["phi"]))
+  _, gradient = ours(p, jnp.asarray(p["phi"]), estimator)
   np.testing.assert_allclose(gradient, closed_form(p, p["phi"]), rtol=1e-11)
 
 

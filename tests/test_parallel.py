@@ -38,8 +38,10 @@ BUGS = {
         "meta", "return sgd_step(average(backbone_gradient(pull, weights)))",
         "return sgd_step(backbone_gradient(pull, weights))"),
     "meta-gradient not averaged": (
-        "meta", "return (average(meta_loss), aux), average(gradient)",
-        "return (average(meta_loss), aux), gradient"),
+        "meta", "objective, has_aux=True)(wpn_params)\n"
+        "  return (look.average(meta_loss), aux), look.average(gradient)",
+        "objective, has_aux=True)(wpn_params)\n"
+        "  return (look.average(meta_loss), aux), gradient"),
     "centred on each device": (
         "weighting", "mean = average(output.mean(keepdims=True))",
         "mean = output.mean(keepdims=True)"),
@@ -51,6 +53,12 @@ BUGS = {
         "      allocated = devices.gather("
         "allocation.allocate(own, proportions))"),
 }
+
+# The same of the other form of the meta-gradient.
+V_NOT_AVERAGED = (
+    "meta", "lambda gradient: look.sgd_step(look.average(gradient)),\n"
+    "      backbone_gradient(look.pull, weights))",
+    "look.sgd_step, look.average(backbone_gradient(look.pull, weights)))")
 
 # That each device normalises with its own statistics.
 LOCAL_BATCH_NORM = (
@@ -177,11 +185,23 @@ def main():
     one, results[f"linear {center_over}"] = compare(config, Linear(), [2, 4])
   for name, bug in BUGS.items():
     results[name] = compare_planted(bug, config, Linear(), one)
+  for center_over in ("exits", "batch", "all"):
+    config = make_config(center_over)
+    one = run_steps(config, Linear(), start(config, Linear()), 1)
+    config.meta.estimator = "jvp"
+    _, results[f"linear {center_over} jvp"] = compare(
+        config, Linear(), [1, 4], one)
+  results["v not averaged"] = compare_planted(
+      V_NOT_AVERAGED, config, Linear(), one)
   uniform = make_config(method="uniform")
   _, results["linear uniform"] = compare(uniform, Linear(), [4])
   for center_over, n in (("exits", 2), ("batch", 4), ("all", 4)):
     config = make_config(center_over)
-    one, results[f"msdnet {center_over}"] = compare(config, make_msdnet(), [n])
+    msdnet = make_msdnet()
+    one = run_steps(config, msdnet, start(config, msdnet), 1)
+    if center_over == "batch":  # many devices with jvp, one with grad
+      config.meta.estimator = "jvp"
+    _, results[f"msdnet {center_over}"] = compare(config, msdnet, [n], one)
   results["BatchNorm"] = compare_planted(
       LOCAL_BATCH_NORM, config, make_msdnet(), one)
   print(json.dumps(results))
@@ -208,6 +228,7 @@ def results():
 
 @pytest.mark.parametrize(
     "case", ["linear exits", "linear batch", "linear all", "linear uniform",
+             "linear exits jvp", "linear batch jvp", "linear all jvp",
              "msdnet exits", "msdnet batch", "msdnet all"])
 def test_devices_agree_with_one(results, case):
   assert results[case]
@@ -218,7 +239,7 @@ def test_devices_agree_with_one(results, case):
     assert result["moved"] > 1e-3  # there was something to agree about
 
 
-@pytest.mark.parametrize("bug", [*BUGS, "BatchNorm"])
+@pytest.mark.parametrize("bug", [*BUGS, "v not averaged", "BatchNorm"])
 def test_a_missing_collective_is_seen(results, bug):
   assert results[bug]["state"] > 1e-9
 

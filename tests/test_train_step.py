@@ -133,6 +133,11 @@ def test_step_is_the_oracle(inputs, center_over):
   check_against_oracle(make_config(inputs=inputs, center_over=center_over))
 
 
+@pytest.mark.parametrize("center_over", ["exits", "batch", "all"])
+def test_jvp_is_the_oracle(center_over):
+  check_against_oracle(make_config(center_over=center_over, estimator="jvp"))
+
+
 def test_odd_batch_splits_into_ceil_and_rest():
   check_against_oracle(make_config(), size=11)
 
@@ -177,8 +182,8 @@ BUGS = {
          "      logits, leaked = backbone.apply(\n"),
         ("train_step", "return meta_loss, devices.own(allocated)",
          "return meta_loss, (devices.own(allocated), leaked)"),
-        ("train_step", "(meta_loss, allocated), gradient = meta.wpn_gradient(",
-         "(meta_loss, (allocated, leaked)), gradient = meta.wpn_gradient("),
+        ("train_step", "(meta_loss, allocated), gradient = wpn_gradient(",
+         "(meta_loss, (allocated, leaked)), gradient = wpn_gradient("),
         ("train_step", '"wpn_gradient": gradient}\n\n',
          '"wpn_gradient": gradient, "leaked": leaked}\n\n'),
         ("train_step", "state = state.replace(wpn_params=wpn_params,",
@@ -226,6 +231,31 @@ def test_planted_bug_is_seen(bug, monkeypatch):
   make = plant(monkeypatch, BUGS[bug])
   with pytest.raises(AssertionError, match="Not equal|not almost|Arrays are"):
     check_against_oracle(make_config(inputs="both"), make=make)
+
+
+JVP_BUGS = {
+    "slopes averaged over exits": (
+        "slopes(direction) / weights.shape[0]",
+        "slopes(direction) / weights.size"),
+    "slopes along v": (
+        "jax.jvp(look.losses_fn, (look.params,), (direction,))",
+        "jax.jvp(look.losses_fn, (look.params,), "
+        "(jax.tree.map(jnp.negative, direction),))"),
+    "slopes at the look-ahead": (
+        "(gradient,) = pull_weights(slopes(direction)",
+        "look = look._replace(params=pseudo_params)\n"
+        "  slopes = lambda d: jax.jvp(look.losses_fn, (look.params,), (d,))[1]\n"
+        "  (gradient,) = pull_weights(slopes(direction)"),
+}
+
+
+@pytest.mark.parametrize("bug", JVP_BUGS)
+def test_planted_bug_of_the_jvp_is_seen(bug, monkeypatch):
+  make = plant(monkeypatch, [
+      ("meta", *JVP_BUGS[bug]),
+      ("meta", "import jax\n", "import jax\nimport jax.numpy as jnp\n")])
+  with pytest.raises(AssertionError, match="Not equal|not almost|Arrays are"):
+    check_against_oracle(make_config(estimator="jvp"), make=make)
 
 
 @pytest.mark.parametrize("changes", [[], [NAIVE]], ids=["copy", "naive"])
