@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import math
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -79,6 +80,17 @@ def _numbers(default, doc) -> Key:
         for v in value)
 
   return Key(default, allowed, "a tuple of numbers above 0", doc)
+
+
+def estimator(value: Any) -> tuple[str, int]:
+  """(name in meta.ESTIMATORS, T parts of a train half) of `meta.estimator`.
+
+  T is 1 for all but "unroll:T". ("", 0) for what means nothing.
+  """
+  if value in ("grad", "jvp", "finite_difference", "first_order"):
+    return value, 1
+  unroll = re.fullmatch("unroll:([1-9][0-9]{0,3})", str(value))
+  return ("unroll", int(unroll[1])) if unroll else ("", 0)
 
 
 _EVERY_MODEL = {
@@ -202,9 +214,12 @@ KEYS = {
             "weights average to 1 over it; reference: col, row, mat"),
         "inputs": _choice(
             "loss", ("loss", "confidence", "both"), "what the WPN looks at"),
-        "estimator": _choice(
-            "grad", ("grad", "jvp"),
-            "of the WPN gradient, Eq. 8; functions of these names in meta.py"),
+        "estimator": Key(
+            "grad", lambda value: bool(estimator(value)[0]),
+            "one of 'grad', 'jvp', 'finite_difference', 'first_order' or "
+            "'unroll:T' with a whole number T ≥ 1",
+            "of the WPN gradient, Eq. 8; T: look-ahead of T steps on T parts of "
+            "the half"),
         "interval": _integer(
             1, 1, "loader batches between WPN updates, counted in an epoch"),
         "hidden": _integer(500, 1, "units in a hidden layer of the WPN"),
@@ -311,6 +326,12 @@ def validate(config: ConfigDict) -> ConfigDict:
     raise ValueError(
         "config.data.calibration=0 holds nothing out to choose thresholds on; set "
         "config.evaluate.calibration=released to choose them on the train split")
+  if (config.meta.estimator == "first_order"
+      and config.meta.center_over == "batch"):
+    raise ValueError(
+        "config.meta.estimator='first_order' treats the samples of an exit alike, "
+        "so weights centred over the batch cancel its gradient; set "
+        "config.meta.center_over to exits or all, or take another estimator")
   return config
 
 

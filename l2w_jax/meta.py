@@ -31,10 +31,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 Params = PyTree
 Pull = Callable[[Float[Array, "B K"]], tuple[Params]]
+FINITE_STEP = 0.01  # length in Θ of a finite difference's step
 
 
 def backbone_gradient(pull: Pull, weights: Float[Array, "B K"]) -> Params:
@@ -74,6 +76,10 @@ class LookAhead(NamedTuple):
   sgd_step, average: as in `pseudo_update`.
   meta_loss_fn: Θ̂ -> (L_meta on the meta half, anything else worth keeping). It
     decides inside which exit scores which sample, without a gradient.
+  opt_state, parts, inner_step: where a look-ahead of T steps begins beside Θ, its
+    T pieces of the train half, stacked [T …], and the whole step on one of them,
+    (Φ, (Θ, opt_state), part) -> (Θ, opt_state). Only `wpn_gradient_unroll` reads
+    them.
   """
   params: Params
   losses_fn: Callable[[Params], Float[Array, "B K"]]
@@ -82,6 +88,9 @@ class LookAhead(NamedTuple):
   sgd_step: Callable[[Params], Params]
   meta_loss_fn: Callable[[Params], tuple[Float[Array, ""], Any]]
   average: Callable[[Params], Params] = lambda mean: mean
+  opt_state: PyTree = None
+  parts: PyTree = None
+  inner_step: Callable[[Params, tuple, PyTree], tuple] | None = None
 
 
 MetaGradient = tuple[tuple[Float[Array, ""], Any], Params]
@@ -89,14 +98,11 @@ MetaGradient = tuple[tuple[Float[Array, ""], Any], Params]
 
 def wpn_gradient(wpn_params: Params, look: LookAhead) -> MetaGradient:
   """((L_meta, aux), ∇_Φ L_meta(Θ̂(Φ))): Eq. 8 as it is defined, exact."""
-  def objective(wpn_params):
-    pseudo_params = pseudo_update(
+  def pseudo_params(wpn_params):
+    return pseudo_update(
         look.pull, look.weights_fn(wpn_params), look.sgd_step, look.average)
-    return look.meta_loss_fn(pseudo_params)
 
-  (meta_loss, aux), gradient = jax.value_and_grad(
-      objective, has_aux=True)(wpn_params)
-  return (look.average(meta_loss), aux), look.average(gradient)
+  return _differentiate(pseudo_params, wpn_params, look)
 
 
 def wpn_gradient_jvp(wpn_params: Params, look: LookAhead) -> MetaGradient:
@@ -112,6 +118,53 @@ def wpn_gradient_jvp(wpn_params: Params, look: LookAhead) -> MetaGradient:
   """
   def slopes(direction):
     return jax.jvp(look.losses_fn, (look.params,), (direction,))[1]
+
+  return _from_slopes(slopes, wpn_params, look)
+
+
+def wpn_gradient_finite_difference(
+    wpn_params: Params, look: LookAhead) -> MetaGradient:
+  """`wpn_gradient` by two more forward passes, as DARTS approximates it.
+
+      ∂L_meta/∂w[i,k] ≈ -(α/B) (ℓ[i,k](Θ + h v) - ℓ[i,k](Θ - h v)) / 2h
+
+  with h = 0.01/|v| (Liu et al., ICLR 2019, section 2.3). They differentiate L_tr
+  at Θ ± h v by Φ; L_tr being Σ w ℓ, all that differs there are the losses. The WPN
+  looks at the losses at Θ in both. Wrong by O(h²), by ReLUs that switch in
+  between, and by the rounding of ℓ over h.
+  """
+  def slopes(direction):
+    squares = sum(jnp.vdot(x, x) for x in jax.tree.leaves(direction))
+    h = FINITE_STEP / jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares).tiny))
+
+    def losses_at(h):
+      return look.losses_fn(
+          jax.tree.map(lambda p, d: p + h * d, look.params, direction))
+
+    return (losses_at(h) - losses_at(-h)) / (2 * h)
+
+  return _from_slopes(slopes, wpn_params, look)
+
+
+def wpn_gradient_first_order(
+    wpn_params: Params, look: LookAhead) -> MetaGradient:
+  """`wpn_gradient` for a look-ahead to which all samples of an exit look alike.
+
+  Every ∇_Θ ℓ[i,k] is replaced by its mean over the batch:
+
+      ∂L_meta/∂w[i,k] ≈ -(α/B) ⟨∇_Θ mean_j ℓ[j,k], v⟩
+
+  so the WPN learns which exits should weigh more, not which samples. It reads
+  the pass of `wpn_gradient_jvp` only as means and saves nothing: it shows what
+  telling samples apart is worth. Were exits alike, too, as where only
+  ⟨∇_Θ L_tr, v⟩ is known because that pass is left out, the gradient would be 0:
+  centred weights keep their sum. Weights centred over the batch keep the sum of
+  each exit, so there even this form gives 0, and `config` refuses it.
+  """
+  def slopes(direction):
+    per_sample = jax.jvp(look.losses_fn, (look.params,), (direction,))[1]
+    return jnp.broadcast_to(
+        look.average(per_sample.mean(axis=0)), per_sample.shape)
 
   return _from_slopes(slopes, wpn_params, look)
 
@@ -137,5 +190,43 @@ def _from_slopes(
   return (look.average(meta_loss), aux), look.average(gradient)
 
 
-# config.meta.estimator: the function that estimates Eq. 8.
-ESTIMATORS = {"grad": wpn_gradient, "jvp": wpn_gradient_jvp}
+def wpn_gradient_unroll(wpn_params: Params, look: LookAhead) -> MetaGradient:
+  """∇_Φ L_meta(Θ_T(Φ)), exact through T steps on T parts of the train half.
+
+      Θ_0 = Θ,  Θ_t = one SGD step from Θ_(t-1) on part t, weighted by Φ
+
+  momentum carried along. Each step is differentiated whole: Φ also moves the
+  losses that the WPN looks at in later steps, and the gradients they take, so
+  this does form second derivatives of the network. A step keeps its beginning
+  only and is computed anew backwards (`jax.checkpoint`): memory grows by a copy
+  of Θ and the momentum per step. With T = 1 it is `wpn_gradient`.
+  """
+  def pseudo_params(wpn_params):
+    def step(carry, part):
+      return look.inner_step(wpn_params, carry, part), None
+
+    (params, _), _ = jax.lax.scan(
+        jax.checkpoint(step), (look.params, look.opt_state), look.parts)
+    return params
+
+  return _differentiate(pseudo_params, wpn_params, look)
+
+
+def _differentiate(
+    pseudo_params: Callable[[Params], Params], wpn_params: Params,
+    look: LookAhead) -> MetaGradient:
+  """`jax.grad` of L_meta after a look-ahead, Φ -> Θ̂."""
+  (meta_loss, aux), gradient = jax.value_and_grad(
+      lambda wpn_params: look.meta_loss_fn(pseudo_params(wpn_params)),
+      has_aux=True)(wpn_params)
+  return (look.average(meta_loss), aux), look.average(gradient)
+
+
+# Name in config.meta.estimator -> estimator of Eq. 8.
+ESTIMATORS = {
+    "grad": wpn_gradient,
+    "jvp": wpn_gradient_jvp,
+    "finite_difference": wpn_gradient_finite_difference,
+    "first_order": wpn_gradient_first_order,
+    "unroll": wpn_gradient_unroll,
+}

@@ -73,13 +73,18 @@ def collectives(num_devices: int) -> Collectives:
       own=own, own_halves=own_halves)
 
 
-def check_batch(batch: int, num_devices: int) -> None:
-  """Raises ValueError unless `batch` splits into two halves on every device."""
-  if batch % (2 * num_devices):
-    nearest = max(1, round(batch / (2 * num_devices))) * 2 * num_devices
+def check_batch(batch: int, num_devices: int, num_parts: int = 1) -> None:
+  """Raises ValueError unless `batch` splits into two halves on every device.
+
+  And each half there into `num_parts`.
+  """
+  unit = 2 * num_devices * num_parts
+  if batch % unit:
+    parts = f" of {num_parts} parts each" if num_parts > 1 else ""
     raise ValueError(
-        f"batch {batch} does not split into two halves on {num_devices} "
-        f"device(s); use a multiple of {2 * num_devices}, such as {nearest}")
+        f"batch {batch} does not split into two halves{parts} on {num_devices} "
+        f"device(s); use a multiple of {unit}, such as "
+        f"{max(1, round(batch / unit)) * unit}")
 
 
 def count_devices(wanted: int) -> int:

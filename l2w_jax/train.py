@@ -19,6 +19,7 @@ from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import checkpoint, evaluate, models, parallel
+from l2w_jax import config as config_lib
 from l2w_jax.data import feeds, order, resident, sources
 from l2w_jax.metrics_log import MetricsLog
 from l2w_jax.models.backbone import Backbone
@@ -96,7 +97,8 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
       fit the data or the devices. Nothing is compiled or written before.
   """
   num_devices = parallel.count_devices(config.num_devices)
-  parallel.check_batch(config.batch, num_devices)
+  parallel.check_batch(
+      config.batch, num_devices, config_lib.estimator(config.meta.estimator)[1])
   dataset = sources.load(config.data)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)

@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import allocation, meta, weighting
+from l2w_jax import config as config_lib
 from l2w_jax import losses as losses_lib
 from l2w_jax.models import wpn
 from l2w_jax.models.backbone import Backbone
@@ -128,6 +129,21 @@ def inner_sgd_step(
   return apply_updates(state.params, updates, learning_rate)
 
 
+def _parts(half: Batch, num_parts: int) -> Batch:
+  """[T B/T …]: the half cut in T, sample i into part i mod T.
+
+  So the parts are the same images on any number of devices.
+  """
+  size = half["label"].shape[0]
+  if size % num_parts:
+    raise ValueError(
+        f"config.meta.estimator='unroll:{num_parts}' cuts a half in {num_parts} "
+        f"equal parts, which {size} samples per device do not allow; change the "
+        "batch or T")
+  return jax.tree.map(lambda x: x.reshape(
+      size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1), half)
+
+
 def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
   """SGD on the backbone; keeps this forward pass's running statistics."""
   updates, opt_state = optimizer.update(
@@ -177,7 +193,8 @@ def _l2w_half_step(backbone, config, devices):
   """Eqs. 7, 8 and 9 on one pair of halves."""
   optimizer, wpn_optimizer = sgd(config.optimizer), adam(config.meta)
   proportions = allocation.proportions(config.meta.q, backbone.num_exits)
-  wpn_gradient = meta.ESTIMATORS[config.meta.estimator]
+  name, num_parts = config_lib.estimator(config.meta.estimator)
+  wpn_gradient = meta.ESTIMATORS[name]
 
   def weights_of(wpn_params, features):
     return weighting.sample_weights(
@@ -196,6 +213,17 @@ def _l2w_half_step(backbone, config, devices):
     def sgd_step(gradient):
       return inner_sgd_step(optimizer, state, gradient, learning_rate)
 
+    def inner_step(phi, before, part):
+      params, opt_state = before
+      losses, pull, (_, confidence) = jax.vjp(
+          _train_losses(backbone, config, devices, state.batch_stats, part),
+          params, has_aux=True)
+      weights = weights_of(phi, weighting.attached_features(
+          losses, confidence, config.meta.inputs))
+      gradient = devices.mean(meta.backbone_gradient(pull, weights))
+      updates, opt_state = optimizer.update(gradient, opt_state, params)
+      return apply_updates(params, updates, learning_rate), opt_state
+
     def meta_loss_fn(pseudo_params):
       logits, _ = backbone.apply(
           {"params": pseudo_params, "batch_stats": state.batch_stats},
@@ -213,7 +241,8 @@ def _l2w_half_step(backbone, config, devices):
           state.wpn_params, meta.LookAhead(
               state.params, lambda params: losses_fn(params)[0], pull,
               lambda phi: weights_of(phi, features), sgd_step, meta_loss_fn,
-              devices.mean))
+              devices.mean, state.opt_state, _parts(train_half, num_parts),
+              inner_step))
       updates, wpn_opt_state = wpn_optimizer.update(
           gradient, state.wpn_opt_state, state.wpn_params)
       wpn_params = apply_updates(state.wpn_params, updates, wpn_learning_rate)

@@ -30,12 +30,22 @@ def features(
   The gradient stops here, so neither Eq. 7 nor Eq. 9 differentiates a weight
   with respect to Θ.
   """
-  chosen = {
+  chosen = attached_features(losses, confidence, inputs)
+  return jax.lax.stop_gradient(chosen)
+
+
+def attached_features(
+    losses: Float[Array, "B K"], confidence: Float[Array, "B K"],
+    inputs: str) -> Float[Array, "B F"]:
+  """`features` before the gradient stops, for a look-ahead of several steps.
+
+  There Θ itself depends on Φ after the first step, and so do the losses.
+  """
+  return {
       "loss": losses,
       "confidence": confidence,
       "both": jnp.concatenate([losses, confidence], axis=1),
   }[inputs]
-  return jax.lax.stop_gradient(chosen)
 
 
 def sample_weights(

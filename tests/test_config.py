@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 import l2w_jax
 from l2w_jax import config as config_lib
+from l2w_jax import meta
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs/digits.py")
@@ -67,6 +68,28 @@ def test_without_calibration_thresholds_must_be_the_released_ones():
   with pytest.raises(ValueError, match="calibration=0 holds nothing out.*released"):
     load(data__calibration=0)
   load(data__calibration=0, evaluate__calibration="released")
+
+
+@pytest.mark.parametrize("value, name, parts", [
+    ("grad", "grad", 1), ("jvp", "jvp", 1), ("first_order", "first_order", 1),
+    ("finite_difference", "finite_difference", 1), ("unroll:1", "unroll", 1),
+    ("unroll:12", "unroll", 12)])
+def test_an_estimator_has_a_name_and_parts(value, name, parts):
+  load(meta__estimator=value)
+  assert config_lib.estimator(value) == (name, parts)
+  assert name in meta.ESTIMATORS
+
+
+@pytest.mark.parametrize("value", [
+    "", "unroll", "unroll:", "unroll:0", "unroll:-1", "unroll:x", "jvp:2", "Grad"])
+def test_other_estimators_are_refused(value):
+  with pytest.raises(ValueError, match="meta.estimator must be one.*'unroll:T'"):
+    load(meta__estimator=value)
+
+
+def test_first_order_needs_weights_that_do_not_cancel_it():
+  with pytest.raises(ValueError, match="first_order.*exits or all"):
+    load(meta__estimator="first_order", meta__center_over="batch")
 
 
 @pytest.mark.parametrize("model", config_lib.MODEL_KEYS)

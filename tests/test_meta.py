@@ -94,7 +94,7 @@ def ours(p, phi, estimator="grad"):
   return meta_loss, gradient
 
 
-def closed_form(p, phi):
+def closed_form(p, phi, samples_alike=False):
   """∂L_meta/∂Φ for least squares, every factor on paper.
 
   r_ik = θ_k·x_i - y_i is the residual, so ∇ℓ[i,k] = r_ik x_i. With v_k the
@@ -118,17 +118,47 @@ def closed_form(p, phi):
     own = np.flatnonzero(p["exit_of_sample"] == k)
     for i in own:
       v[k] += meta_residual[i, k] * p["meta_x"][i] / len(own)
-  dw = -(ALPHA / num) * residual * (p["x"] @ v.T)
+  slopes = residual * (p["x"] @ v.T)
+  if samples_alike:
+    slopes = np.tile(slopes.mean(0), (num, 1))
+  dw = -(ALPHA / num) * slopes
   du = EPSILON * (dw - dw.mean(1, keepdims=True))
   return losses.T @ (du * (1 - u**2))
 
 
-@pytest.mark.parametrize("estimator", ["grad", "jvp"])
+# The losses are quadratic, so a central difference is exact but for rounding,
+# 1e-16 times losses of up to 20 over steps of 0.01.
+TOLERANCES = {
+    "grad": 1e-11, "jvp": 1e-11, "finite_difference": 1e-9, "first_order": 1e-11}
+
+
+@pytest.mark.parametrize("estimator", TOLERANCES)
 @pytest.mark.parametrize("seed", range(3))
 def test_wpn_gradient_is_the_closed_form(seed, estimator):
   p = problem(seed)
   _, gradient = ours(p, jnp.asarray(p["phi"]), estimator)
-  np.testing.assert_allclose(gradient, closed_form(p, p["phi"]), rtol=1e-11)
+  np.testing.assert_allclose(
+      gradient, closed_form(p, p["phi"], estimator == "first_order"),
+      rtol=TOLERANCES[estimator])
+
+
+@pytest.mark.parametrize("center_over", ["exits", "batch", "all"])
+def test_one_slope_for_all_samples_and_exits_is_no_gradient(center_over):
+  """Why `first_order` tells exits apart."""
+  u = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))
+  _, pull = jax.vjp(
+      lambda u: weighting.sample_weights(u, EPSILON, center_over), u)
+  np.testing.assert_allclose(pull(jnp.full((7, 3), 0.3))[0], 0, atol=1e-15)
+
+
+def test_a_meta_loss_without_slope_has_a_finite_difference():
+  theta = jnp.ones((1, 1))
+  losses_fn = least_squares(jnp.ones((1, 1)), jnp.zeros(1))
+  _, gradient = meta.wpn_gradient_finite_difference(jnp.ones(()), meta.LookAhead(
+      theta, losses_fn, jax.vjp(losses_fn, theta)[1],
+      lambda phi: phi[None, None], lambda g: theta - g,
+      lambda pseudo: (0.0 * pseudo[0, 0], None)))
+  assert gradient == 0
 
 
 def test_wpn_gradient_is_the_finite_difference():

@@ -38,9 +38,9 @@ BUGS = {
         "meta", "return sgd_step(average(backbone_gradient(pull, weights)))",
         "return sgd_step(backbone_gradient(pull, weights))"),
     "meta-gradient not averaged": (
-        "meta", "objective, has_aux=True)(wpn_params)\n"
+        "meta", "has_aux=True)(wpn_params)\n"
         "  return (look.average(meta_loss), aux), look.average(gradient)",
-        "objective, has_aux=True)(wpn_params)\n"
+        "has_aux=True)(wpn_params)\n"
         "  return (look.average(meta_loss), aux), gradient"),
     "centred on each device": (
         "weighting", "mean = average(output.mean(keepdims=True))",
@@ -59,6 +59,11 @@ V_NOT_AVERAGED = (
     "meta", "lambda gradient: look.sgd_step(look.average(gradient)),\n"
     "      backbone_gradient(look.pull, weights))",
     "look.sgd_step, look.average(backbone_gradient(look.pull, weights)))")
+
+# That parts are blocks of what a device has.
+PARTS_IN_ORDER = (
+    "train_step", "size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)",
+    "num_parts, size // num_parts, *x.shape[1:])")
 
 # That each device normalises with its own statistics.
 LOCAL_BATCH_NORM = (
@@ -193,6 +198,12 @@ def main():
         config, Linear(), [1, 4], one)
   results["v not averaged"] = compare_planted(
       V_NOT_AVERAGED, config, Linear(), one)
+  config.meta.estimator = "unroll:2"
+  one, results["linear unroll"] = compare(config, Linear(), [4])
+  results["parts in order"] = compare_planted(
+      PARTS_IN_ORDER, config, Linear(), one)
+  config.meta.update(estimator="first_order", center_over="exits")
+  one, results["linear first order"] = compare(config, Linear(), [2])
   uniform = make_config(method="uniform")
   _, results["linear uniform"] = compare(uniform, Linear(), [4])
   for center_over, n in (("exits", 2), ("batch", 4), ("all", 4)):
@@ -229,6 +240,7 @@ def results():
 @pytest.mark.parametrize(
     "case", ["linear exits", "linear batch", "linear all", "linear uniform",
              "linear exits jvp", "linear batch jvp", "linear all jvp",
+             "linear unroll", "linear first order",
              "msdnet exits", "msdnet batch", "msdnet all"])
 def test_devices_agree_with_one(results, case):
   assert results[case]
@@ -239,7 +251,8 @@ def test_devices_agree_with_one(results, case):
     assert result["moved"] > 1e-3  # there was something to agree about
 
 
-@pytest.mark.parametrize("bug", [*BUGS, "v not averaged", "BatchNorm"])
+@pytest.mark.parametrize("bug", [
+    *BUGS, "v not averaged", "parts in order", "BatchNorm"])
 def test_a_missing_collective_is_seen(results, bug):
   assert results[bug]["state"] > 1e-9
 
@@ -267,6 +280,13 @@ def test_rows_are_split_in_order():
 def test_a_batch_that_does_not_split_is_refused(batch, num_devices, message):
   with pytest.raises(ValueError, match=message):
     parallel.check_batch(batch, num_devices)
+
+
+def test_parts_of_a_half_count():
+  parallel.check_batch(48, 4, 3)
+  with pytest.raises(ValueError, match="halves of 3 parts each on 4 device.*"
+                     "multiple of 24, such as 48"):
+    parallel.check_batch(40, 4, 3)
 
 
 @pytest.mark.parametrize("batch, num_devices", [(2, 1), (128, 1), (1024, 8)])
