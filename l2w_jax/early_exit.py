@@ -37,9 +37,10 @@ from l2w_jax import checkpoint, deferral, evaluate, exit_policy, models
 from l2w_jax.data import augment
 from l2w_jax.models.backbone import Backbone
 
-# Powers of four: all programs of a stage, gathering ones included, are at most
-# log2(64) + 1.
-WIDTHS = (1, 4, 16, 64)
+# Widths of the batches by backend, others having those of a GPU. All programs of a
+# stage, gathering ones included, are at most log2 of the largest width + 1. On a
+# CPU the arrays of 32 images stay in its caches.
+WIDTHS = {"cpu": (1, 8, 32), "gpu": (1, 16, 256)}
 Numbers = ArrayLike | Sequence[float]
 
 
@@ -237,11 +238,16 @@ class _Pass:
         np.empty(num_images, np.float32))
 
   def run(self) -> Answers:
-    everyone = np.arange(len(self._images))
+    everyone, started = np.arange(len(self._images)), None
     for start in range(0, len(self._images), self._width):
       batch = self._images[start:start + self._width]
-      self._run_stage(0, _padded(batch, self._width), np.arange(len(batch)),
-                      everyone[start:start + self._width])
+      state = self._network._programs[0](_padded(batch, self._width))
+      # Read the answers of a batch when the device has the next one to work on.
+      if started:
+        self._leave(0, *started)
+      started = (state, np.arange(len(batch)),
+                 everyone[start:start + self._width])
+    self._leave(0, *started)
     for k in range(1, self._num_exits):
       rest, self._waiting[k] = self._waiting[k], None
       if rest is not None:
@@ -251,7 +257,10 @@ class _Pass:
 
   def _run_stage(self, k, state, rows, images) -> None:
     """Stage k for `images`, which are in `rows` of the state."""
-    state = self._network._programs[k](state)
+    self._leave(k, self._network._programs[k](state), rows, images)
+
+  def _leave(self, k, state, rows, images) -> None:
+    """Takes the answers of exit k, and queues who goes on."""
     label, confidence = (
         np.asarray(x)[rows] for x in (state.label, state.confidence))
     if k == self._num_exits - 1:
@@ -298,7 +307,8 @@ def _gather(old: State, new: State, index: Int[Array, " W"]) -> State:
 
 
 def _width(num_images: int) -> int:
-  return next((w for w in WIDTHS if w >= num_images), WIDTHS[-1])
+  widths = WIDTHS.get(jax.default_backend(), WIDTHS["gpu"])
+  return next((w for w in widths if w >= num_images), widths[-1])
 
 
 def _padded(images: np.ndarray, width: int) -> np.ndarray:

@@ -1,11 +1,14 @@
 """How much time early exits really save, beside what their MACs promise.
 
-Every way of running the network is timed on the same test images, in turn within
-each round, so that a machine that slows down slows all of them. Times are of
-whole calls, with images handed over as NumPy arrays and answers read back.
+Every way of running the network is timed on the same test images, a few calls of
+each in turn, so that a machine that slows down slows all of them and each finds
+the caches as it left them. Times are of whole calls, with images handed over as
+NumPy arrays and answers read back.
 
-    full       all stages in one program, every answer from the last exit
-    anytime    the stages up to one exit in one program
+    full       the whole network with all its exits in one program, which is what
+               the MACs of the last exit count
+    anytime    the stages up to one exit in one program; it leaves out the
+               classifiers of earlier exits, though their MACs are counted
     early      `EarlyExit` at one of the evaluated operating points; batch 1
                twice, with the device or the host deciding; larger batches
                also as one long call, whose queues stay full
@@ -26,7 +29,8 @@ from l2w_jax import checkpoint, early_exit, evaluate, exit_policy
 from l2w_jax.data import sources
 from l2w_jax.progress import Progress
 
-CALLS = {1: 200, 256: 8}  # batch size -> timed calls of each way of running
+# Batch size -> (rounds, calls in a row): timed calls of each way of running.
+CALLS = {1: (20, 20), 256: (8, 1)}
 QS = (0.25, 0.5, 0.75, 1.0, 1.5)  # operating points beside the chosen one
 
 
@@ -73,7 +77,7 @@ def measure(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
 
 def time_all(
     network: early_exit.EarlyExit, images: np.ndarray,
-    points: dict[str, np.ndarray], calls: dict[int, int] = CALLS,
+    points: dict[str, np.ndarray], calls: dict[int, tuple[int, int]] = CALLS,
 ) -> list[dict[str, Any]]:
   """Rows of latency.json.
 
@@ -81,13 +85,14 @@ def time_all(
     network: what is timed; its own thresholds are not used.
     images: uint8 [N H W channels], repeated as needed.
     points: {name of an operating point: thresholds [K]}.
-    calls: {batch size: timed calls}.
+    calls: {batch size: (rounds, calls of each way in a row in a round)}.
   """
   rows = []
-  with Progress(sum(calls.values()), unit="round", label="latency") as progress:
+  total = sum(rounds for rounds, _ in calls.values())
+  with Progress(total, unit="round", label="latency") as progress:
     done = 0
-    for batch, rounds in calls.items():
-      needed = np.resize(np.arange(len(images)), batch * rounds)
+    for batch, (rounds, in_a_row) in calls.items():
+      needed = np.resize(np.arange(len(images)), batch * rounds * in_a_row)
       own = images[needed]
       with progress.compiling(f"batch {batch}"):
         ways = _ways(network, own, points, batch)
@@ -97,10 +102,11 @@ def time_all(
       seconds = {i: [] for i in range(len(ways))}
       for r in range(rounds):
         for i, way in enumerate(ways):
-          start = 0 if way.images > batch else r * batch
-          began = time.perf_counter()
-          way.call(own[start:start + way.images])
-          seconds[i].append(time.perf_counter() - began)
+          for call in range(r * in_a_row, (r + 1) * in_a_row):
+            start = 0 if way.images > batch else call * batch
+            began = time.perf_counter()
+            way.call(own[start:start + way.images])
+            seconds[i].append(time.perf_counter() - began)
         done += 1
         progress.update(done, {"batch": batch})
       rows += _rows(ways, seconds, batch)
@@ -111,10 +117,13 @@ def _ways(network, images, points, batch) -> list[Way]:
   macs = network.backbone.macs
   num_exits = len(macs)
   ways = []
-  for k in range(num_exits):
-    kind = "full" if k == num_exits - 1 else "anytime"
-    program = jax.jit(lambda x, k=k: _prefix(network, x, k))
-    ways.append(Way({"kind": kind, "point": f"exit {k + 1}"},
+  last = num_exits - 1
+  kinds = [("full", "all exits", last, slice(None))] + [
+      ("anytime", f"exit {k + 1}", k, slice(k, None)) for k in range(num_exits)]
+  for kind, point, k, kept in kinds:
+    program = jax.jit(
+        lambda x, k=k, kept=kept: _answers(network, x, k)[kept])
+    ways.append(Way({"kind": kind, "point": point},
                     lambda x, f=program: jax.device_get(f(x)), batch,
                     float(macs[k])))
   _, confidence = network.simulate(images)
@@ -135,12 +144,13 @@ def _ways(network, images, points, batch) -> list[Way]:
   return ways
 
 
-def _prefix(network: early_exit.EarlyExit, images, last: int):
-  """Answers of one exit, with the stages up to it in one program."""
-  state = images
+def _answers(network: early_exit.EarlyExit, images, last: int):
+  """[(label, confidence)] of every exit up to one, in one program."""
+  state, answers = images, []
   for k in range(last + 1):
     state = network.stage(k, state)
-  return state.label, state.confidence
+    answers.append((state.label, state.confidence))
+  return answers
 
 
 def _rows(ways, seconds, batch) -> list[dict[str, Any]]:
