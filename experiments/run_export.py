@@ -11,9 +11,12 @@ from jax import export
 def load(folder):
   """(manifest, one function per stage) of an export folder."""
   manifest = json.loads(pathlib.Path(folder, "manifest.json").read_text())
+  files = [pathlib.Path(folder, name) for name in manifest["stages"]]
   try:
-    files = [pathlib.Path(folder, f).read_bytes() for f in manifest["stages"]]
-    return manifest, [jax.jit(export.deserialize(data).call) for data in files]
+    stages = [jax.jit(export.deserialize(f.read_bytes()).call) for f in files]
+    black = np.zeros((1, *manifest["image_shape"]), np.uint8)
+    predict(manifest, stages, black)  # some versions read but cannot run it
+    return manifest, stages
   except Exception as error:  # an older jax fails in ways of its own
     sys.exit(f"jax {jax.__version__} cannot read this export of jax "
              f"{manifest['jax']}; use that version or a newer one ({error})")
@@ -26,8 +29,7 @@ def predict(manifest, stages, images):
   for k, stage in enumerate(stages):
     arrays = [np.asarray(x) for x in stage(arrays)]
     leave = arrays[1] >= np.float32(manifest["thresholds"][k])
-    answers[:2, rows] = arrays[0], np.full(len(rows), k + 1)
-    answers[2, rows] = arrays[1]
+    answers[:, rows] = arrays[0], np.full(len(rows), k + 1), arrays[1]
     rows, arrays = rows[~leave], [x[~leave] for x in arrays]
     if not len(rows) or k + 1 == len(stages):
       return answers[0].astype(int), answers[1].astype(int), answers[2]

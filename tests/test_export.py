@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, run_main
@@ -64,10 +65,19 @@ def test_the_manifest_holds_what_a_user_needs(workdir):
   assert not list(workdir.glob(".export*"))
 
 
-def test_an_export_that_jax_cannot_read_says_which_version_can(
-    workdir, tmp_path):
+def for_tpu_alone():
+  """A file that this version reads and cannot run here."""
+  images = [jax.ShapeDtypeStruct((1, 8, 8, 1), np.uint8)]
+  return export.jax_export.export(
+      jax.jit(lambda x: x), platforms=["tpu"])(images).serialize()
+
+
+@pytest.mark.parametrize("data", [b"of the future", for_tpu_alone()],
+                         ids=["unreadable", "runs elsewhere"])
+def test_an_export_that_jax_cannot_run_says_which_version_can(
+    data, workdir, tmp_path):
   folder = shutil.copytree(workdir / "export", tmp_path / "export")
-  (folder / "stage_1.stablehlo").write_bytes(b"of the future")
+  (folder / "stage_1.stablehlo").write_bytes(data)
   done = run_loader(folder, np.zeros((1, 8, 8, 1), np.uint8), tmp_path)
   assert done.returncode == 1 and "Traceback" not in done.stderr
   assert "cannot read this export of jax" in done.stderr

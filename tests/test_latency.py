@@ -10,7 +10,8 @@ def test_every_way_is_timed_beside_its_simulated_cost():
   network, images = make_network(), make_images(20)
   thresholds = thresholds_for(network, images)
   rows = latency.time_all(
-      network, images, {"q = 0.75": np.asarray(thresholds)}, {1: (1, 3), 16: (2, 1)})
+      network, images, {"q = 0.75": np.asarray(thresholds)},
+      {1: (1, 3), 16: (2, 1)})
   kinds = [(row["batch"], row["kind"], row["point"]) for row in rows]
   for batch in (1, 16):
     assert (batch, "full", "all exits") in kinds
