@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, PyTree
 
 from l2w_jax.models import initializers
 from l2w_jax.models.conv import conv2d
+from l2w_jax.models.relu import relu
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1  # weight of the new batch; Flax would call this 0.9
@@ -165,7 +166,7 @@ class ConvBNReLU(nn.Module):
     self.bn = BatchNorm()
 
   def __call__(self, x: Image, mode: Mode) -> Image:
-    return jax.nn.relu(self.bn(self.conv(x), mode))
+    return relu(self.bn(self.conv(x), mode))
 
 
 class BottleneckConv(nn.Module):
