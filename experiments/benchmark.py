@@ -3,11 +3,12 @@
     python experiments/benchmark.py configs/cifar100_msdnet.py \
         --set batch=128 --out cifar100.json
 
-compiles a forward pass, the uniform step, the l2w step and the l2w step at
-interval 100, times them in turn on the same random images, and prints and
-stores a table. Each piece is stored when it is done; the same command again
-does only what is missing. --remat adds both steps with model.remat, --pytorch the
-same forward pass and steps in plain PyTorch (pytorch_step.py, pip install
+compiles a forward pass, the uniform step, the l2w step, one half of it and the
+l2w step at interval 100, times all but the half in turn on the same random
+images, and prints and stores a table. Each piece is stored when it is done, and
+compiled programs in a folder beside the file; the same command again does only
+what is missing. --remat adds both steps with model.remat, --pytorch the same
+forward pass and steps in plain PyTorch (pytorch_step.py, pip install
 "l2w_jax[torch]"), run in turn with ours, and --compile-only measures no time: it
 needs no memory for the images, so any size can be asked.
 
@@ -24,6 +25,7 @@ import ast
 import functools
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from flax import traverse_util
 
 import l2w_jax as l2w
 from l2w_jax import allocation, checkpoint
-from l2w_jax.train_step import step_body
+from l2w_jax.train_step import half_step_body, step_body
 
 # Data source: image shape and classes.
 SHAPES = {
@@ -56,30 +58,32 @@ STEPS = {  # program: what it changes in the config
 }
 REMAT = {f"{name}, remat": STEPS[name] | {"model.remat": True}
          for name in ("uniform", "l2w")}
+HALF = "l2w, one half"
 PYTORCH = {f"{name}, PyTorch": name for name in ("forward", "uniform", "l2w")}
 
 
 class Program:
   """One compiled function with what it needs to be timed."""
 
-  def __init__(self, config_file, overrides, forward=False):
+  def __init__(self, config_file, overrides, name="step"):
     self.config = l2w.load_config(config_file, overrides)
     shape, self.classes = _shape(self.config)
     self.backbone = l2w.build_backbone(self.config.model, self.classes, shape)
-    batch = self.config.batch
+    batch = self.config.batch // (2 if name == HALF else 1)
     images = jax.ShapeDtypeStruct((batch, *shape), jnp.result_type(float))
     state = jax.eval_shape(self.fresh_state)
-    if forward:
-      function = jax.jit(lambda state, batch: (
-          state, self.backbone.apply(state.variables, batch["image"])),
-          donate_argnums=0)
-    else:
-      function = jax.jit(step_body(
-          self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH),
-          donate_argnums=0)
+    inputs = {
+        "image": images, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    functions = {
+        "forward": lambda state, batch: (
+            state, self.backbone.apply(state.variables, batch["image"])),
+        HALF: half_step_body(
+            self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH)}
+    function = functions.get(name) or step_body(
+        self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH)
     began = time.perf_counter()
-    lowered = function.lower(state, {
-        "image": images, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)})
+    lowered = jax.jit(function, donate_argnums=0).lower(
+        state, *([inputs] * (2 if name == HALF else 1)))
     traced = time.perf_counter()
     self.compiled = lowered.compile()
     ended = time.perf_counter()
@@ -87,7 +91,7 @@ class Program:
     cost = self.compiled.cost_analysis()
     self.facts = {
         "trace_seconds": traced - began, "compile_seconds": ended - traced,
-        "flops": (1 if forward else 2) * cost["flops"],
+        "flops": (1 if name in functions else 2) * cost["flops"],
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes}
@@ -310,8 +314,12 @@ def run(config_file, overrides, path, *, remat=False, compile_only=False,
   """The stored results, after doing what they lack."""
   if pytorch:
     check_pytorch(l2w.load_config(config_file, overrides | STEPS["l2w"]))
-  # What is compiled here is to be timed, not read.
-  jax.config.update("jax_enable_compilation_cache", False)
+  # Compilation is to be timed, not read; what has been timed may be read.
+  cache = path.with_suffix(".cache")
+  if not path.exists():
+    shutil.rmtree(cache, ignore_errors=True)
+  jax.config.update("jax_compilation_cache_dir", str(cache.resolve()))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   device = jax.devices()[0]
   about = {
       "config": config_file, "overrides": overrides,
@@ -330,15 +338,16 @@ def run(config_file, overrides, path, *, remat=False, compile_only=False,
   programs = {}
   wanted = {"forward": STEPS["uniform"]} | STEPS | (REMAT if remat else {})
   timed = [] if compile_only else [*wanted, *(PYTORCH if pytorch else ())]
+  wanted[HALF] = STEPS["l2w"]
   missing = [name for name in timed if name not in results.get("programs", [])]
   for name, changes in wanted.items():
     if missing or name not in results["compiled"]:
       print(f"compiling {name} ...", file=sys.stderr, flush=True)
-      program = Program(
-          config_file, overrides | changes, forward=name == "forward")
+      program = Program(config_file, overrides | changes, name)
       results["compiled"].setdefault(name, program.facts)
       store()
-      programs[name] = program if missing else None
+      if missing and name != HALF:
+        programs[name] = program
   if missing:
     print(f"timing {rounds} rounds ...", file=sys.stderr, flush=True)
     batch = random_batch(programs["l2w"].config)
@@ -365,6 +374,9 @@ def table(results) -> str:
         f"{facts['temporary_bytes'] / 2**20:10.0f}"
         f"{facts['temporary_bytes'] / base['temporary_bytes']:7.2f}"
         f"{facts['trace_seconds']:9.1f}{facts['compile_seconds']:10.1f}")
+  whole, half = compiled["l2w"], compiled[HALF]
+  lines.append("compilation of the whole l2w step over one half: "
+               f"{whole['compile_seconds'] / half['compile_seconds']:.2f}")
   if "times" not in results:
     return "\n".join(lines)
   measured, batch = results["times"], results["batch"]
