@@ -259,6 +259,10 @@ KEYS = {
     },
     "num_devices": _integer(
         0, 0, "devices that share a batch; 0: all of the run"),
+    "sync": _choice(
+        "global", ("global", "local"),
+        "devices compute as one, or as released: BatchNorm, centring, ranking and "
+        "pseudo step on each, only the gradients averaged"),
 }
 
 

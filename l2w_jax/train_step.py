@@ -6,8 +6,10 @@ method "l2w", and one plain SGD step on the sum of exit losses for "uniform".
 
 Over D devices every mean is global: BatchNorm statistics, centring over batch or
 all, the ranking and allocation of meta samples, the pseudo update and all
-gradients are those of the whole half, so D devices give what one gives. (The
-released code keeps all of them but the real gradient per GPU.)
+gradients are those of the whole half, so D devices give what one gives. With
+`sync="local"` each device does all of that by itself, as the released code does on
+each GPU; the mean over devices is then taken of the gradients of Eqs. 8 and 9 and
+of what is left of the forward pass at Θ, its running statistics and losses.
 """
 from __future__ import annotations
 
@@ -167,7 +169,7 @@ def _train_losses(backbone, config, devices, batch_stats, half):
 
 
 def _train_loss(weights, losses, devices):
-  return devices.mean((weights * losses).mean(axis=0).sum())
+  return devices.mean_of_all((weights * losses).mean(axis=0).sum())
 
 
 def _uniform_half_step(backbone, config, devices):
@@ -181,8 +183,9 @@ def _uniform_half_step(backbone, config, devices):
     losses, pull, (batch_stats, _) = jax.vjp(
         losses_fn, state.params, has_aux=True)
     weights = jnp.ones_like(losses)
-    gradient = devices.mean(meta.backbone_gradient(pull, weights))
-    state = _real_step(optimizer, state, gradient, batch_stats, learning_rate)
+    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
+    state = _real_step(optimizer, state, gradient, devices.across(batch_stats),
+                       learning_rate)
     return state, {"train_loss": _train_loss(weights, losses, devices),
                    "weights": weights, "losses": losses}
 
@@ -243,6 +246,7 @@ def _l2w_half_step(backbone, config, devices):
               lambda phi: weights_of(phi, features), sgd_step, meta_loss_fn,
               devices.mean, state.opt_state, _parts(train_half, num_parts),
               inner_step))
+      meta_loss, gradient = devices.across((meta_loss, gradient))
       updates, wpn_opt_state = wpn_optimizer.update(
           gradient, state.wpn_opt_state, state.wpn_params)
       wpn_params = apply_updates(state.wpn_params, updates, wpn_learning_rate)
@@ -263,8 +267,9 @@ def _l2w_half_step(backbone, config, devices):
         else jax.lax.cond(update_wpn, updated_wpn, kept_wpn))
 
     weights = weights_of(wpn_params, features)
-    gradient = devices.mean(meta.backbone_gradient(pull, weights))
-    state = _real_step(optimizer, state, gradient, batch_stats, learning_rate)
+    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
+    state = _real_step(optimizer, state, gradient, devices.across(batch_stats),
+                       learning_rate)
     state = state.replace(wpn_params=wpn_params, wpn_opt_state=wpn_opt_state)
     return state, metrics | {
         "train_loss": _train_loss(weights, losses, devices),

@@ -3,6 +3,7 @@
 CPU devices are virtual and their number is fixed when JAX starts, so the
 comparison is this file, run as a program with four of them.
 """
+import functools
 import json
 import os
 import pathlib
@@ -18,20 +19,25 @@ from toy import LinearExits
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import evaluate, parallel, train
+from l2w_jax import evaluate, parallel, train, train_step, weighting
+from l2w_jax import losses as losses_lib
 from l2w_jax.data import order, resident, sources
+from l2w_jax.models import wpn
+from l2w_jax.train_state import adam, apply_updates, sgd
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, NUM_TRAIN = 2, 16, 40
 # What is planted in the source of the step, and where a device then errs.
 REAL_GRADIENT = (
     "train_step",
-    "gradient = devices.mean(meta.backbone_gradient(pull, weights))\n"
-    "    state = _real_step(optimizer, state, gradient, batch_stats, "
-    "learning_rate)\n    state = state.replace(wpn_params",
-    "gradient = meta.backbone_gradient(pull, weights)\n"
-    "    state = _real_step(optimizer, state, gradient, batch_stats, "
-    "learning_rate)\n    state = state.replace(wpn_params")
+    "    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))\n"
+    "    state = _real_step(optimizer, state, gradient, devices.across("
+    "batch_stats),\n                       learning_rate)\n"
+    "    state = state.replace(wpn_params",
+    "    gradient = meta.backbone_gradient(pull, weights)\n"
+    "    state = _real_step(optimizer, state, gradient, devices.across("
+    "batch_stats),\n                       learning_rate)\n"
+    "    state = state.replace(wpn_params")
 BUGS = {
     "real gradient not averaged": REAL_GRADIENT,
     "pseudo gradient not averaged": (
@@ -113,15 +119,16 @@ def start(config: ConfigDict, backbone):
       state)
 
 
-def run_steps(config: ConfigDict, backbone, state, num_devices: int):
-  """(replicas of the state [D ...], metrics) after two steps."""
+def run_steps(
+    config: ConfigDict, backbone, state, num_devices: int, steps: int = STEPS):
+  """(replicas of the state [D ...], metrics) after some steps."""
   with jax.enable_x64(True):
     run = train.make_block_fn(
         backbone, config, jax.random.key(1),
         order.steps_per_epoch(NUM_TRAIN, BATCH), num_devices)
     state, block = run(*(
         parallel.replicate(x, num_devices) for x in (
-            state, resident.arrays(make_dataset(config)), np.int32(STEPS))))
+            state, resident.arrays(make_dataset(config)), np.int32(steps))))
     if num_devices == 1:
       state = jax.tree.map(lambda x: x[None], state)
     block = parallel.first(block, num_devices)
@@ -136,13 +143,16 @@ def relative_difference(ours, theirs) -> float:
                       strict=True) if a.dtype != bool and a.size)
 
 
+def replicas_equal(state) -> bool:
+  return all(replica.tobytes() == x[0].tobytes()
+             for x in jax.tree.leaves(state) for replica in x)
+
+
 def difference_of(state, block, one) -> dict:
   """How far a run on many devices is from the one on one device."""
   one_state, one_block = one
   return {
-      "replicas_equal": all(
-          replica.tobytes() == x[0].tobytes()
-          for x in jax.tree.leaves(state) for replica in x),
+      "replicas_equal": replicas_equal(state),
       "state": relative_difference(*(
           jax.tree.map(lambda x: x[0], s) for s in (state, one_state))),
       "metrics": relative_difference(block, one_block)}
@@ -166,6 +176,76 @@ def compare_planted(bug, config, backbone, one) -> dict:
     patch.setattr(
         train, "step_body", sys.modules["l2w_jax.train_step"].step_body)
     return compare(config, backbone, [2], one)[1][0]
+
+
+def local_step(config: ConfigDict, backbone, state, num_shards: int):
+  """State after a step of `sync="local"`, written again for one device.
+
+  Up to its gradients, each shard of a half is a run of its own. Their means
+  update the WPN and then the backbone.
+  """
+  def mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / num_shards, *trees)
+
+  def shards(half):
+    return [jax.tree.map(lambda x, d=d: jnp.split(x, num_shards)[d], half)
+            for d in range(num_shards)]
+
+  with jax.enable_x64(True):
+    steps_per_epoch = order.steps_per_epoch(NUM_TRAIN, BATCH)
+    batch = jax.jit(resident.make_batch_fn(config, jax.random.key(1)))(
+        resident.arrays(make_dataset(config)), jnp.int32(0))
+    halves = [jax.tree.map(lambda x, h=h: jnp.split(x, 2)[h], batch)
+              for h in range(2)]
+    alone = jax.jit(train_step.half_step_body(
+        backbone, config, steps_per_epoch=steps_per_epoch))
+
+    @jax.jit
+    def real_gradient(state, half):
+      def loss(params):
+        logits, _ = backbone.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            half["image"], train=True)
+        losses = losses_lib.cross_entropy(logits, half["label"])
+        weights = weighting.sample_weights(
+            wpn.apply(state.wpn_params, jax.lax.stop_gradient(losses)),
+            config.meta.epsilon, config.meta.center_over)
+        return (jax.lax.stop_gradient(weights) * losses).mean(0).sum()
+
+      return jax.grad(loss)(state.params)
+
+    for train_half, meta_half in (halves, halves[::-1]):
+      runs = [alone(state, *pair) for pair in zip(
+          shards(train_half), shards(meta_half), strict=True)]
+      updates, wpn_opt_state = adam(config.meta).update(
+          mean([metrics["wpn_gradient"] for _, metrics in runs]),
+          state.wpn_opt_state, state.wpn_params)
+      state = state.replace(
+          wpn_opt_state=wpn_opt_state, wpn_params=apply_updates(
+              state.wpn_params, updates, config.meta.learning_rate))
+      updates, opt_state = sgd(config.optimizer).update(
+          mean([real_gradient(state, half) for half in shards(train_half)]),
+          state.opt_state, state.params)
+      state = state.replace(
+          opt_state=opt_state, params=apply_updates(
+              state.params, updates, config.optimizer.learning_rate),
+          batch_stats=mean([after.batch_stats for after, _ in runs]))
+    return jax.device_get(state.replace(step=state.step + 1))
+
+
+def compare_local(config: ConfigDict, backbone) -> dict:
+  """Two devices with sync="local" against `local_step`, and against global."""
+  before = start(config, backbone)
+  ours = local_step(config, backbone, before, 2)
+  config.sync = "local"
+  state, _ = run_steps(config, backbone, before, 2, steps=1)
+  config.sync = "global"
+  other, _ = run_steps(config, backbone, before, 2, steps=1)
+  first = functools.partial(jax.tree.map, lambda x: x[0])
+  return {
+      "replicas_equal": replicas_equal(state),
+      "state": relative_difference(first(state), ours),
+      "to_global": relative_difference(first(state), first(other))}
 
 
 def compare_scores(num_devices: int) -> bool:
@@ -215,6 +295,8 @@ def main():
     _, results[f"msdnet {center_over}"] = compare(config, msdnet, [n], one)
   results["BatchNorm"] = compare_planted(
       LOCAL_BATCH_NORM, config, make_msdnet(), one)
+  results["local linear"] = compare_local(make_config("all"), Linear())
+  results["local msdnet"] = compare_local(make_config("batch"), make_msdnet())
   print(json.dumps(results))
 
 
@@ -255,6 +337,15 @@ def test_devices_agree_with_one(results, case):
     *BUGS, "v not averaged", "parts in order", "BatchNorm"])
 def test_a_missing_collective_is_seen(results, bug):
   assert results[bug]["state"] > 1e-9
+
+
+@pytest.mark.parametrize("network", ["linear", "msdnet"])
+def test_local_devices_are_shards_that_share_gradients(results, network):
+  result = results[f"local {network}"]
+  assert result["replicas_equal"]
+  # Float64: the same sums in another order, in one step.
+  assert result["state"] < 1e-12
+  assert result["to_global"] > 1e-6
 
 
 def test_replicas_part_where_the_real_gradient_is_not_averaged(results):

@@ -228,9 +228,10 @@ def test_odd_batch_splits_into_ceil_and_rest():
 
 # What is planted: file, right text, wrong text. Each right text is unique.
 NAIVE = ("train_step",
-         "gradient = devices.mean(meta.backbone_gradient(pull, weights))\n"
-         "    state = _real_step(optimizer, state, gradient, batch_stats, "
-         "learning_rate)\n    state = state.replace(wpn_params",
+         "gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))\n"
+         "    state = _real_step(optimizer, state, gradient, devices.across("
+         "batch_stats),\n                       learning_rate)\n"
+         "    state = state.replace(wpn_params",
          """\
 def weighted(params):
       losses, (_, confidence) = losses_fn(params)
