@@ -259,6 +259,9 @@ KEYS = {
     },
     "num_devices": _integer(
         0, 0, "devices that share a batch; 0: all of the run"),
+    "microbatches": _integer(
+        1, 1, "parts of a half that a device computes in turn: less memory, 1.4 "
+        "times the operations; BatchNorm's statistics are then those of a part"),
     "sync": _choice(
         "global", ("global", "local"),
         "devices compute as one, or as released: BatchNorm, centring, ranking and "
@@ -336,6 +339,12 @@ def validate(config: ConfigDict) -> ConfigDict:
         "config.meta.estimator='first_order' treats the samples of an exit alike, "
         "so weights centred over the batch cancel its gradient; set "
         "config.meta.center_over to exits or all, or take another estimator")
+  if (config.microbatches > 1
+      and estimator(config.meta.estimator)[0] == "unroll"):
+    raise ValueError(
+        f"config.meta.estimator={config.meta.estimator!r} cuts a half by itself; "
+        f"set config.microbatches to 1 (it is {config.microbatches}), or take "
+        "another estimator")
   return config
 
 

@@ -99,7 +99,8 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
   """
   num_devices = parallel.count_devices(config.num_devices)
   parallel.check_batch(
-      config.batch, num_devices, config_lib.estimator(config.meta.estimator)[1])
+      config.batch, num_devices,
+      config.microbatches * config_lib.estimator(config.meta.estimator)[1])
   dataset = sources.load(config.data)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)

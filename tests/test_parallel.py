@@ -52,10 +52,10 @@ BUGS = {
         "weighting", "mean = average(output.mean(keepdims=True))",
         "mean = output.mean(keepdims=True)"),
     "allocated on each device": (
-        "train_step", "everyone = devices.gather(jax.lax.stop_gradient(\n"
-        "          losses_lib.confidence(logits)))\n"
+        "train_step", "everyone = devices.gather(jax.lax.stop_gradient("
+        "confidence))\n"
         "      allocated = allocation.allocate(everyone, proportions)",
-        "own = jax.lax.stop_gradient(losses_lib.confidence(logits))\n"
+        "own = jax.lax.stop_gradient(confidence)\n"
         "      allocated = devices.gather("
         "allocation.allocate(own, proportions))"),
 }
@@ -68,7 +68,7 @@ V_NOT_AVERAGED = (
 
 # That parts are blocks of what a device has.
 PARTS_IN_ORDER = (
-    "train_step", "size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)",
+    "microbatches", "size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)",
     "num_parts, size // num_parts, *x.shape[1:])")
 
 # That each device normalises with its own statistics.
