@@ -109,6 +109,9 @@ _EVERY_MODEL = {
     "init": _choice(
         "pytorch", ("pytorch", "he"),
         "kernels: uniform ±1/√fan_in, or normal of variance 2/(k²·C_out)"),
+    "dtype": _choice(
+        "float32", ("float32", "bfloat16"),
+        "of images, convolutions and activations; all else stays float32"),
     "remat": _flag(
         False, "compute each stage anew in derivatives: less memory, slower"),
 }

@@ -89,10 +89,8 @@ def test_with_it_each_microbatch_is_normalised_by_itself(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["grad", "jvp"])
-def test_msdnet_in_microbatches(estimator):
+def test_msdnet_in_microbatches():
   config = test_parallel.make_config("all")
-  config.meta.estimator = estimator
   backbone = test_parallel.make_msdnet()
   state = test_parallel.start(config, backbone)
   rng = np.random.default_rng(0)
@@ -104,9 +102,8 @@ def test_msdnet_in_microbatches(estimator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [
-    {}, {"meta.estimator": "jvp"}, {"meta.interval": 2}, {"method": "uniform"}],
-    ids=name_of)
+@pytest.mark.parametrize(
+    "changes", [{"meta.interval": 2}, {"method": "uniform"}], ids=name_of)
 def test_memory_falls_with_the_microbatch(changes):
   config = test_parallel.make_config("all")
   config.update_from_flattened_dict(changes)
@@ -116,13 +113,12 @@ def test_memory_falls_with_the_microbatch(changes):
   batch = {"image": jax.ShapeDtypeStruct((512, 8, 8, 1), jnp.float32),
            "label": jax.ShapeDtypeStruct((512,), jnp.int32)}
   needed = {}
-  for num_parts in (1, 2, 8):
+  for num_parts in (1, 8):
     config.microbatches = num_parts
     step = l2w_jax.make_train_step(backbone, config, steps_per_epoch=3)
     needed[num_parts] = step.lower(
         state, batch).compile().memory_analysis().temp_size_in_bytes
   # Images, losses and gradients stay.
-  assert needed[2] < 0.65 * needed[1]
   assert needed[8] < 0.3 * needed[1]
 
 

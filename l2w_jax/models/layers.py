@@ -68,7 +68,10 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation over B, H and W as PyTorch computes it."""
+  """Batch normalisation over B, H and W as PyTorch computes it.
+
+  In the dtype of its parameters; the result is in that of the image.
+  """
 
   @nn.compact
   def __call__(self, x: Image, mode: Mode) -> Image:
@@ -80,14 +83,15 @@ class BatchNorm(nn.Module):
     var = self.variable("batch_stats", "var", ones, shape)
     if not mode.train:
       factor = scale * jax.lax.rsqrt(var.value + BN_EPS)
-      return (x - mean.value) * factor + bias
+      return ((x - mean.value) * factor + bias).astype(x.dtype)
     count = _num_values(x, mode.axis_name)
-    y, batch_mean, batch_var = _normalize(mode.axis_name, x, scale, bias)
+    y, batch_mean, batch_var = _normalize(
+        mode.axis_name, x.astype(scale.dtype), scale, bias)
     if not self.is_initializing():
       unbiased = batch_var * (count / (count - 1))
       mean.value += BN_MOMENTUM * (batch_mean - mean.value)
       var.value += BN_MOMENTUM * (unbiased - var.value)
-    return y
+    return y.astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -241,10 +245,10 @@ class MaxPool(nn.Module):
 
 
 class GlobalAveragePool(nn.Module):
-  """Mean over the image: [B H W C] -> [B C]."""
+  """Mean over the image, in float32 at least: [B H W C] -> [B C]."""
 
   def __call__(self, x: Image) -> Float[Array, "B C"]:
-    return x.mean(axis=(1, 2))
+    return x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Stem(nn.Module):
