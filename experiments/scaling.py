@@ -159,8 +159,8 @@ def predict(facts: dict) -> list[dict]:
   """Efficiency of a step on 8, 64, 512 devices against one without collectives.
 
   "same_batch": the counted batch is spread over them; "growing_batch": each has as
-  many images as a device of the count. Nothing overlaps. A ring moves 2 (D-1)/D of the bytes through each link; a
-  collective takes its latency at least.
+  many images as a device of the count. Nothing overlaps. A ring moves 2 (D-1)/D of
+  the bytes through each link; a collective takes its latency at least.
   """
   rows = []
   for machine, (flops, links) in LINKS.items():
