@@ -109,6 +109,9 @@ _EVERY_MODEL = {
     "init": _choice(
         "pytorch", ("pytorch", "he"),
         "kernels: uniform ±1/√fan_in, or normal of variance 2/(k²·C_out)"),
+    "dtype": _choice(
+        "float32", ("float32", "bfloat16"),
+        "of images, convolutions and activations; all else stays float32"),
     "remat": _flag(
         False, "compute each stage anew in derivatives: less memory, slower"),
 }
@@ -259,6 +262,13 @@ KEYS = {
     },
     "num_devices": _integer(
         0, 0, "devices that share a batch; 0: all of the run"),
+    "microbatches": _integer(
+        1, 1, "parts of a half that a device computes in turn: less memory, 1.4 "
+        "times the operations; BatchNorm's statistics are then those of a part"),
+    "sync": _choice(
+        "global", ("global", "local"),
+        "devices compute as one, or as released: BatchNorm, centring, ranking and "
+        "pseudo step on each, only the gradients averaged"),
 }
 
 
@@ -332,6 +342,12 @@ def validate(config: ConfigDict) -> ConfigDict:
         "config.meta.estimator='first_order' treats the samples of an exit alike, "
         "so weights centred over the batch cancel its gradient; set "
         "config.meta.center_over to exits or all, or take another estimator")
+  if (config.microbatches > 1
+      and estimator(config.meta.estimator)[0] == "unroll"):
+    raise ValueError(
+        f"config.meta.estimator={config.meta.estimator!r} cuts a half by itself; "
+        f"set config.microbatches to 1 (it is {config.microbatches}), or take "
+        "another estimator")
   return config
 
 

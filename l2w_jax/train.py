@@ -58,7 +58,7 @@ def make_block_fn(
   The state is donated. Data is what a feed gives for the first of the steps, n is
   replicated over the devices.
   """
-  devices = parallel.collectives(num_devices)
+  devices = parallel.collectives(num_devices, config.sync)
   step = step_body(
       backbone, config, steps_per_epoch=steps_per_epoch, devices=devices)
   batch_fn = make_batch_fn(config, key, devices)
@@ -82,7 +82,8 @@ def make_block_fn(
     block = Block({name: jnp.zeros((BLOCK, 2)) for name in names}, empty, empty)
     state, block = jax.lax.fori_loop(
         0, n, lambda i, carry: one(i, carry, data), (state, block))
-    mean_sum, mean_count = devices.mean((block.weight_sum, block.weight_count))
+    mean_sum, mean_count = devices.mean_of_all(
+        (block.weight_sum, block.weight_count))
     return state, block._replace(
         weight_sum=mean_sum * num_devices, weight_count=mean_count * num_devices)
 
@@ -101,7 +102,8 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
   """
   num_devices = parallel.count_devices(config.num_devices)
   parallel.check_batch(
-      config.batch, num_devices, config_lib.estimator(config.meta.estimator)[1])
+      config.batch, num_devices,
+      config.microbatches * config_lib.estimator(config.meta.estimator)[1])
   dataset = sources.load(config.data)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
