@@ -407,7 +407,17 @@ def load_config(
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config(*([argument] if argument else []))
-  for key, value in (overrides or {}).items():
+  return with_overrides(config, overrides or {})
+
+
+def with_overrides(
+    config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """The config itself with dotted key -> value set, validated.
+
+  Raises:
+    ValueError: an unknown key, or a value out of range.
+  """
+  for key, value in overrides.items():
     _override(config, key, value)
   return validate(config)
 
