@@ -2,7 +2,8 @@
 
 A loader batch of 2B images is two half steps: half 1 trains and half 2 is the
 meta half, then the roles swap. Each half step is Eqs. 7, 8, 9 of `meta` for the
-method "l2w", and one plain SGD step on the sum of exit losses for "uniform".
+method "l2w", and one plain SGD step on the sum of exit losses for "uniform" and
+the other baselines, which change its weights, its losses or its gradient.
 
 Over D devices every mean is global: BatchNorm statistics, centring over batch or
 all, the ranking and allocation of meta samples, the pseudo update and all
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 from l2w_jax import allocation, meta, weighting
 from l2w_jax import config as config_lib
 from l2w_jax import losses as losses_lib
-from l2w_jax.models import wpn
+from l2w_jax.models import equilibrium, wpn
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.parallel import ONE_DEVICE, Collectives
 from l2w_jax.train_state import TrainState, adam, apply_updates, sgd
@@ -91,8 +92,8 @@ def half_step_body(
   Learning rates are those of `state.step`, which counts loader batches and so
   is left as it is.
   """
-  half_steps = {"l2w": _l2w_half_step, "uniform": _uniform_half_step}
-  half_step = half_steps[config.method](backbone, config, devices)
+  make = _l2w_half_step if config.method == "l2w" else _plain_half_step
+  half_step = make(backbone, config, devices)
   learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
 
   def run(state: TrainState, train_half: Batch, meta_half: Batch):
@@ -155,12 +156,17 @@ def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
 
 def _train_losses(backbone, config, devices, batch_stats, half):
   """Params -> (losses [B K], (running statistics, confidence [B K]))."""
+  losses_of = losses_lib.cross_entropy
+  if config.method == "distill":
+    losses_of = functools.partial(
+        losses_lib.self_distillation, share=config.baseline.distill,
+        temperature=config.baseline.temperature)
+
   def losses_fn(params):
     logits, new_stats = backbone.apply(
         {"params": params, "batch_stats": batch_stats}, half["image"],
         train=True, axis_name=devices.axis_name)
-    losses = losses_lib.cross_entropy(
-        logits, half["label"], config.label_smoothing)
+    losses = losses_of(logits, half["label"], config.label_smoothing)
     return losses, (new_stats, losses_lib.confidence(logits))
 
   return losses_fn
@@ -170,9 +176,37 @@ def _train_loss(weights, losses, devices):
   return devices.mean((weights * losses).mean(axis=0).sum())
 
 
-def _uniform_half_step(backbone, config, devices):
-  """Plain SGD on Σ_k mean_i ℓ[i,k], at the cost of one forward and backward."""
+def _given_weights(config, devices):
+  """(losses [B K], step) -> weights [B K] of the methods that learn none."""
+  def centred(output):
+    return weighting.sample_weights(
+        devices.own(output), config.meta.epsilon, config.meta.center_over,
+        devices.mean)
+
+  def random(losses, step):
+    # Both halves of a loader batch get the same draw, for other images.
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    return centred(weighting.random_output(
+        jax.random.fold_in(key, 0), devices.gather(losses)))
+
+  return {
+      "fixed": lambda losses, step: weighting.fixed(
+          losses, config.baseline.exit_weights),
+      "random": random,
+      "easy_early": lambda losses, step: centred(
+          weighting.easy_early_output(devices.gather(losses))),
+  }.get(config.method, lambda losses, step: jnp.ones_like(losses))
+
+
+def _plain_half_step(backbone, config, devices):
+  """Plain SGD on Σ_k mean_i w[i,k] ℓ[i,k], at the cost of a forward and backward.
+
+  The weights are 1, but for the methods that have weights of their own.
+  """
   optimizer = sgd(config.optimizer)
+  weights_fn = _given_weights(config, devices)
+  factors = (equilibrium.factors(backbone.module, backbone.image_shape)
+             if config.method == "equilibrium" else None)
 
   def half_step(state, train_half, unused_half, learning_rate,
                 unused_wpn_rate, unused_update_wpn):
@@ -180,8 +214,10 @@ def _uniform_half_step(backbone, config, devices):
         backbone, config, devices, state.batch_stats, train_half)
     losses, pull, (batch_stats, _) = jax.vjp(
         losses_fn, state.params, has_aux=True)
-    weights = jnp.ones_like(losses)
+    weights = weights_fn(losses, state.step)
     gradient = devices.mean(meta.backbone_gradient(pull, weights))
+    if factors is not None:
+      gradient = jax.tree.map(jnp.multiply, gradient, factors)
     state = _real_step(optimizer, state, gradient, batch_stats, learning_rate)
     return state, {"train_loss": _train_loss(weights, losses, devices),
                    "weights": weights, "losses": losses}
@@ -193,6 +229,7 @@ def _l2w_half_step(backbone, config, devices):
   """Eqs. 7, 8 and 9 on one pair of halves."""
   optimizer, wpn_optimizer = sgd(config.optimizer), adam(config.meta)
   proportions = allocation.proportions(config.meta.q, backbone.num_exits)
+  allocate = allocation.OBJECTIVES[config.meta.objective]
   name, num_parts = config_lib.estimator(config.meta.estimator)
   wpn_gradient = meta.ESTIMATORS[name]
 
@@ -231,7 +268,7 @@ def _l2w_half_step(backbone, config, devices):
       meta_losses = losses_lib.cross_entropy(logits, meta_half["label"])
       everyone = devices.gather(jax.lax.stop_gradient(
           losses_lib.confidence(logits)))
-      allocated = allocation.allocate(everyone, proportions)
+      allocated = allocate(everyone, proportions)
       meta_loss = devices.num_devices * allocation.meta_loss(
           meta_losses, devices.own(allocated), allocated.sum(axis=0))
       return meta_loss, devices.own(allocated)
