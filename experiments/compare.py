@@ -10,6 +10,10 @@ carry overrides, METHOD:KEY=VALUE+KEY=VALUE, and the first one is what the other
 are compared with:
 
     --methods=l2w,l2w:meta.epsilon=0.3,l2w:meta.epsilon=0.8+meta.interval=10
+
+WORKDIR/comparison.txt (also printed) and comparison.json hold accuracy of every
+exit and at equal mean cost, mean ± standard deviation over seeds, and differences
+seed by seed with their t interval; comparison/index.html adds the pictures.
 """
 from __future__ import annotations
 
@@ -43,7 +47,8 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
   Commas within brackets belong to a value.
 
   Raises:
-    ValueError: an override without "=", or one method twice.
+    ValueError: an override without "=", one that changes the network or the
+      images, or one method twice.
   """
   methods = {}
   for name in _split(text):
@@ -54,6 +59,10 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
       if not equals:
         raise ValueError(f"--methods={text}: {item!r} is no override; write "
                          "METHOD:KEY=VALUE, such as l2w:meta.epsilon=0.3")
+      if key in ("method", "seed") or key.startswith(("model.", "data.")):
+        raise ValueError(f"--methods={text}: {key} may not differ between "
+                         "methods; they are compared on one network and its "
+                         "images")
       overrides[key] = _value(value)
     if name in methods:
       raise ValueError(f"--methods={text} names {name!r} twice")
@@ -107,11 +116,12 @@ def finish(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 def _is_complete(workdir: pathlib.Path) -> bool:
+  """Whether the run has finished and holds all that is compared."""
   try:
     results = json.loads((workdir / "results.json").read_text())
   except (OSError, json.JSONDecodeError):
     return False
-  return bool(results.get("complete"))
+  return bool(results.get("complete")) and (workdir / "scores.npz").exists()
 
 
 def _main(arguments: list[str]) -> None:
@@ -120,7 +130,7 @@ def _main(arguments: list[str]) -> None:
   for name in ("config", "workdir"):
     if not getattr(FLAGS, name):
       raise ValueError(f"--{name} is missing")
-  from l2w_jax import compile_cache
+  from l2w_jax import comparison, compile_cache
 
   runs = plan(FLAGS.config, parse_methods(FLAGS.methods), FLAGS.seeds,
               pathlib.Path(FLAGS.workdir))
@@ -128,6 +138,12 @@ def _main(arguments: list[str]) -> None:
   for i, (_, workdir, config) in enumerate(runs, 1):
     print(f"compare: run {i} of {len(runs)}, {workdir}", file=sys.stderr)
     finish(workdir, config)
+  folder = pathlib.Path(FLAGS.workdir)
+  comparison.write(folder, {
+      name: [path for other, path, _ in runs if other == name]
+      for name, _, _ in runs})
+  print((folder / "comparison.txt").read_text(), end="")
+  print(f"pictures: {folder / 'comparison' / 'index.html'}")
 
 
 if __name__ == "__main__":
