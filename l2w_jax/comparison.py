@@ -240,12 +240,12 @@ TITLES = {
 
 
 def _explain(summary: dict[str, Any]) -> str:
-  images = summary["test_images"]
-  return (
-      f"Mean ± standard deviation over {summary['seeds']} seeds, and the mean "
-      "difference seed by seed with its 95 % t interval. It speaks of new "
-      f"seeds on the same {images:,} test images, of which one is "
-      f"{100 / images:.2g} points.")
+  images, seeds = summary["test_images"], summary["seeds"]
+  spoken = ("One seed, so nothing is said about spread" if seeds == 1 else
+            f"Mean ± standard deviation over {seeds} seeds, and the mean "
+            "difference seed by seed with its 95 % t interval, which speaks of "
+            "new seeds on the same images")
+  return (f"{spoken}. {images:,} test images; one is {100 / images:.2g} points.")
 
 
 def as_text(summary: dict[str, Any]) -> str:
