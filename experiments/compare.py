@@ -32,13 +32,6 @@ from l2w_jax import command
 from l2w_jax import config as config_lib
 
 FLAGS = flags.FLAGS
-command.define_config("Its method and seed are set for every run.")
-flags.DEFINE_string(
-    "methods", "uniform,l2w", "What to compare with the first: METHOD, or "
-    "METHOD:KEY=VALUE with overrides joined by +; separated by commas.")
-flags.DEFINE_integer(
-    "seeds", 3, "Runs of each method, from config.seed on.", lower_bound=1)
-flags.DEFINE_string("workdir", None, "Folder of the runs and the comparison.")
 
 
 def parse_methods(text: str) -> dict[str, dict[str, Any]]:
@@ -124,6 +117,17 @@ def _is_complete(workdir: pathlib.Path) -> bool:
   return bool(results.get("complete")) and (workdir / "scores.npz").exists()
 
 
+def _define_flags() -> None:
+  """Not on import, where they would clash with those of other commands."""
+  command.define_config("Its method and seed are set for every run.")
+  flags.DEFINE_string(
+      "methods", "uniform,l2w", "What to compare with the first: METHOD, or "
+      "METHOD:KEY=VALUE with overrides joined by +; separated by commas.")
+  flags.DEFINE_integer(
+      "seeds", 3, "Runs of each method, from config.seed on.", lower_bound=1)
+  flags.DEFINE_string("workdir", None, "Folder of the runs and the comparison.")
+
+
 def _main(arguments: list[str]) -> None:
   if arguments:
     raise ValueError(f"unexpected argument {arguments[0]!r}; flags begin with --")
@@ -147,4 +151,5 @@ def _main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  _define_flags()
   command.run(_main)
