@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import checkpoint, evaluate, models, parallel
+from l2w_jax import checkpoint, evaluate, models, parallel, weighting
 from l2w_jax import config as config_lib
 from l2w_jax.data import feeds, order, resident, sources
 from l2w_jax.metrics_log import MetricsLog
@@ -107,6 +107,9 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
   dataset = sources.load(config.data)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
+  if config.method == "fixed":
+    weighting.check_exit_weights(
+        config.baseline.exit_weights, backbone.num_exits)
   loop = _Loop(workdir, config, dataset, backbone, num_devices)
   if parallel.is_writer():
     checkpoint.check_same_run(workdir, config)
@@ -241,7 +244,7 @@ class _Loop:
     self._progress.update(done, {
         **{name: rows[-1] for name, rows in means.items()},
         "epoch": math.ceil(done / self._steps_per_epoch)})
-    if self._config.method == "l2w" and self._due(
+    if self._config.method != "uniform" and self._due(
         done, self._config.log.weights_every):
       self._write_weights(done, *self._weights)
 

@@ -2,7 +2,8 @@
 
 A loader batch of 2B images is two half steps: half 1 trains and half 2 is the
 meta half, then the roles swap. Each half step is Eqs. 7, 8, 9 of `meta` for the
-method "l2w", and one plain SGD step on the sum of exit losses for "uniform".
+method "l2w", and one plain SGD step on the sum of exit losses for "uniform" and
+the other baselines, which change its weights, its losses or its gradient.
 
 Over D devices every mean is global: BatchNorm statistics, centring over batch or
 all, the ranking and allocation of meta samples, the pseudo update and all
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 from l2w_jax import allocation, meta, microbatches, weighting
 from l2w_jax import config as config_lib
 from l2w_jax import losses as losses_lib
-from l2w_jax.models import wpn
+from l2w_jax.models import equilibrium, wpn
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.parallel import ONE_DEVICE, Collectives
 from l2w_jax.train_state import TrainState, adam, apply_updates, sgd
@@ -95,8 +96,8 @@ def half_step_body(
   Learning rates are those of `state.step`, which counts loader batches and so
   is left as it is.
   """
-  half_steps = {"l2w": _l2w_half_step, "uniform": _uniform_half_step}
-  half_step = half_steps[config.method](backbone, config, devices)
+  make = _l2w_half_step if config.method == "l2w" else _plain_half_step
+  half_step = make(backbone, config, devices)
   learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
 
   def run(state: TrainState, train_half: Batch, meta_half: Batch):
@@ -142,35 +143,76 @@ def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
       batch_stats=batch_stats, opt_state=opt_state)
 
 
-def _forward(backbone, devices, batch_stats, label_smoothing=0.0):
+def _forward(backbone, devices, batch_stats, losses_of):
   """(Θ, half) -> (losses [B K], (running statistics, confidence [B K]))."""
   def forward(params, half):
     logits, new_stats = backbone.apply(
         {"params": params, "batch_stats": batch_stats}, half["image"],
         train=True, axis_name=devices.axis_name)
-    losses = losses_lib.cross_entropy(logits, half["label"], label_smoothing)
+    losses = losses_of(logits, half["label"])
     return losses, (new_stats, losses_lib.confidence(logits))
 
   return forward
+
+
+def _train_losses(config):
+  """(logits [B K C], labels [B]) -> losses [B K] that training minimises."""
+  if config.method == "distill":
+    return functools.partial(
+        losses_lib.self_distillation, label_smoothing=config.label_smoothing,
+        share=config.baseline.distill,
+        temperature=config.baseline.temperature)
+  return functools.partial(
+      losses_lib.cross_entropy, label_smoothing=config.label_smoothing)
 
 
 def _train_loss(weights, losses, devices):
   return devices.mean_of_all((weights * losses).mean(axis=0).sum())
 
 
-def _uniform_half_step(backbone, config, devices):
-  """Plain SGD on Σ_k mean_i ℓ[i,k], at the cost of one forward and backward."""
+def _given_weights(config, devices):
+  """(losses [B K], step) -> weights [B K] of the methods that learn none."""
+  def centred(output):
+    return weighting.sample_weights(
+        devices.own(output), config.meta.epsilon, config.meta.center_over,
+        devices.mean)
+
+  def random(losses, step):
+    # Both halves of a loader batch get the same draw, for other images.
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    return centred(weighting.random_output(
+        jax.random.fold_in(key, 0), devices.gather(losses)))
+
+  return {
+      "fixed": lambda losses, step: weighting.fixed(
+          losses, config.baseline.exit_weights),
+      "random": random,
+      "easy_early": lambda losses, step: centred(
+          weighting.easy_early_output(devices.gather(losses))),
+  }.get(config.method, lambda losses, step: jnp.ones_like(losses))
+
+
+def _plain_half_step(backbone, config, devices):
+  """Plain SGD on Σ_k mean_i w[i,k] ℓ[i,k], at the cost of a forward and backward.
+
+  The weights are 1, but for the methods that have weights of their own.
+  """
   optimizer = sgd(config.optimizer)
+  weights_fn = _given_weights(config, devices)
+  factors = (equilibrium.factors(backbone.module, backbone.image_shape)
+             if config.method == "equilibrium" else None)
 
   def half_step(state, train_half, unused_half, learning_rate,
                 unused_wpn_rate, unused_update_wpn):
     forward = _forward(
-        backbone, devices, state.batch_stats, config.label_smoothing)
+        backbone, devices, state.batch_stats, _train_losses(config))
     losses, pull, (batch_stats, _) = jax.vjp(
         microbatches.in_reverse(forward, train_half, config.microbatches),
         state.params, has_aux=True)
-    weights = jnp.ones_like(losses)
+    weights = weights_fn(losses, state.step)
     gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
+    if factors is not None:
+      gradient = jax.tree.map(jnp.multiply, gradient, factors)
     state = _real_step(optimizer, state, gradient, devices.across(batch_stats),
                        learning_rate)
     return state, {"train_loss": _train_loss(weights, losses, devices),
@@ -183,6 +225,7 @@ def _l2w_half_step(backbone, config, devices):
   """Eqs. 7, 8 and 9 on one pair of halves."""
   optimizer, wpn_optimizer = sgd(config.optimizer), adam(config.meta)
   proportions = allocation.proportions(config.meta.q, backbone.num_exits)
+  allocate = allocation.OBJECTIVES[config.meta.objective]
   name, num_parts = config_lib.estimator(config.meta.estimator)
   wpn_gradient = meta.ESTIMATORS[name]
 
@@ -194,7 +237,7 @@ def _l2w_half_step(backbone, config, devices):
   def half_step(state, train_half, meta_half, learning_rate,
                 wpn_learning_rate, update_wpn):
     forward = _forward(
-        backbone, devices, state.batch_stats, config.label_smoothing)
+        backbone, devices, state.batch_stats, _train_losses(config))
     # The one forward pass at Θ; `pull` serves Eqs. 7 and 9.
     losses, pull, (batch_stats, confidence) = jax.vjp(
         microbatches.in_reverse(forward, train_half, config.microbatches),
@@ -217,10 +260,11 @@ def _l2w_half_step(backbone, config, devices):
 
     def meta_loss_fn(pseudo_params):
       meta_losses, (_, confidence) = microbatches.in_reverse(
-          _forward(backbone, devices, state.batch_stats), meta_half,
+          _forward(backbone, devices, state.batch_stats,
+                   losses_lib.cross_entropy), meta_half,
           config.microbatches)(pseudo_params)
       everyone = devices.gather(jax.lax.stop_gradient(confidence))
-      allocated = allocation.allocate(everyone, proportions)
+      allocated = allocate(everyone, proportions)
       meta_loss = devices.num_devices * allocation.meta_loss(
           meta_losses, devices.own(allocated), allocated.sum(axis=0))
       return meta_loss, devices.own(allocated)

@@ -19,6 +19,7 @@ ORDER = """
     checkpoint
     metrics_log
     report
+    comparison
     evaluate
     convert early_exit train
     export latency

@@ -54,10 +54,10 @@ BUGS = {
     "allocated on each device": (
         "train_step", "everyone = devices.gather(jax.lax.stop_gradient("
         "confidence))\n"
-        "      allocated = allocation.allocate(everyone, proportions)",
+        "      allocated = allocate(everyone, proportions)",
         "own = jax.lax.stop_gradient(confidence)\n"
         "      allocated = devices.gather("
-        "allocation.allocate(own, proportions))"),
+        "allocate(own, proportions))"),
 }
 
 # The same of the other form of the meta-gradient.
@@ -338,8 +338,9 @@ def main():
       PARTS_IN_ORDER, config, Linear(), one)
   config.meta.update(estimator="first_order", center_over="exits")
   one, results["linear first order"] = compare(config, Linear(), [2])
-  uniform = make_config(method="uniform")
-  _, results["linear uniform"] = compare(uniform, Linear(), [4])
+  for method in ("uniform", "random", "easy_early"):
+    _, results[f"linear {method}"] = compare(
+        make_config(method=method), Linear(), [4])
   for center_over, n in (("exits", 2), ("batch", 4), ("all", 4)):
     config = make_config(center_over)
     msdnet = make_msdnet()
@@ -380,6 +381,7 @@ def results():
 
 @pytest.mark.parametrize(
     "case", ["linear exits", "linear batch", "linear all", "linear uniform",
+             "linear random", "linear easy_early",
              "linear exits jvp", "linear batch jvp", "linear all jvp",
              "linear unroll", "linear first order",
              "msdnet exits", "msdnet batch", "msdnet all"])
