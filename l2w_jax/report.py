@@ -382,6 +382,11 @@ def estimator_rows(lines: list[dict]) -> list[list[str]]:
      f"{mean(name, 'ms'):,.1f}"] for name in lines[-1]["estimators"]]
 
 
+def estimator_table(lines: list[dict]) -> str:
+  """`estimator_rows` as HTML, for the page and for notebooks."""
+  return _table(ESTIMATOR_HEAD, estimator_rows(lines))
+
+
 def draw_latency(latency: dict):
   """Measured speed-up over the full network against the promise of MACs."""
   batches = sorted({row["batch"] for row in latency["rows"]})
@@ -412,7 +417,7 @@ def _diagnostics_section(lines: list[dict]) -> str:
     "diagnostics.png", "One train half and the same meta halves throughout. "
     "Signal to noise below 0: less signal than noise of its own size explains.")
   return (f"<h2>Meta-gradient</h2>\n{picture}\n"
-          f"{_table(ESTIMATOR_HEAD, estimator_rows(lines))}")
+          f"{estimator_table(lines)}")
 
 
 def _way(row: dict) -> str:
