@@ -5,13 +5,14 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import test_models
 from conftest import ROOT
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import models, train_step
+from l2w_jax import models, train_step, weighting
 from l2w_jax.models.backbone import Backbone
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +65,18 @@ def test_the_backbone_needs_no_table_to_be_trained(plain):
   _, metrics = jax.eval_shape(step, state, {
       "image": jnp.zeros((8, 8, 8, 1)), "label": jnp.zeros(8, int)})
   assert metrics["weights"].shape == (2, 4, 3)
+
+
+def test_the_weighting_rule_is_what_it_says():
+  source, _ = section("A weighting rule")
+  scope = dict(vars(weighting))
+  exec(source, scope)
+  # p = 1, ½, ½ and ¼: (1 - p)² is 0, ¼, ¼ and 9/16.
+  losses = -jnp.log(jnp.array([[1.0, 0.5], [0.5, 0.25]]))
+  np.testing.assert_allclose(
+      scope["focal"](losses), np.array([[0, 4], [4, 9]]) / 4.25, rtol=1e-6)
+  gradient = jax.grad(lambda losses: scope["focal"](losses).sum())(losses)
+  np.testing.assert_array_equal(gradient, 0)
 
 
 def test_the_lines_that_read_results_read_them(finished, monkeypatch, capsys):
