@@ -55,6 +55,8 @@ setuptools.setup(
             "beartype",  # checks jaxtyping's shapes at run time
             "ruff",
             "tensorboardX",
+            "nbclient",  # runs the notebook
+            "ipykernel",
         ],
     },
     classifiers=[

@@ -25,7 +25,7 @@ from l2w_jax import parallel
 
 # Keys that may change when a run is resumed; all others shape its result.
 FREE_KEYS = (
-    "evaluate", "log", "checkpoint", "num_devices", "data.data_dir",
+    "evaluate", "log", "checkpoint", "diagnose", "num_devices", "data.data_dir",
     "model.remat")
 
 

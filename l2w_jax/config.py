@@ -263,6 +263,19 @@ KEYS = {
             "q:0.75", "thresholds to run and export with: q:Q, macs:M, "
             "accuracy:A or risk:R:DELTA"),
     },
+    "diagnose": {
+        "every": _integer(
+            0, 0, "steps between diagnoses of the meta-gradient and the weights "
+            "(diagnostics.py), the first before step 1; 0: none"),
+        "estimators": Key(
+            ("jvp", "finite_difference", "first_order", "unroll:2"),
+            lambda value: isinstance(value, (tuple, list)) and all(
+                estimator(name)[0] for name in value),
+            "a tuple of values of config.meta.estimator",
+            "compared with the exact gradient"),
+        "half": _integer(64, 2, "images in a half, train and meta"),
+        "meta_halves": _integer(8, 2, "M, meta halves for one train half"),
+    },
     "log": {
         "every": _integer(
             1, 1, "steps per line of metrics.jsonl"),
@@ -352,12 +365,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     raise ValueError(
         "config.data.calibration=0 holds nothing out to choose thresholds on; set "
         "config.evaluate.calibration=released to choose them on the train split")
-  if (config.meta.estimator == "first_order"
-      and config.meta.center_over == "batch"):
-    raise ValueError(
-        "config.meta.estimator='first_order' treats the samples of an exit alike, "
-        "so weights centred over the batch cancel its gradient; set "
-        "config.meta.center_over to exits or all, or take another estimator")
+  _validate_estimators(config)
   if (config.microbatches > 1
       and estimator(config.meta.estimator)[0] == "unroll"):
     raise ValueError(
@@ -365,6 +373,27 @@ def validate(config: ConfigDict) -> ConfigDict:
         f"set config.microbatches to 1 (it is {config.microbatches}), or take "
         "another estimator")
   return config
+
+
+def _validate_estimators(config: ConfigDict) -> None:
+  asked = {"meta.estimator": (config.meta.estimator,)}
+  if config.diagnose.every:
+    if config.method != "l2w":
+      raise ValueError(
+          f"config.diagnose.every={config.diagnose.every} looks at meta-gradients, "
+          f"which method {config.method!r} does not have; set it to 0")
+    asked["diagnose.estimators"] = tuple(config.diagnose.estimators)
+    for name in config.diagnose.estimators:
+      if config.diagnose.half % estimator(name)[1]:
+        raise ValueError(
+            f"config.diagnose.half={config.diagnose.half} does not split into the "
+            f"equal parts of {name!r}; use a multiple of {estimator(name)[1]}")
+  for key, names in asked.items():
+    if "first_order" in names and config.meta.center_over == "batch":
+      raise ValueError(
+          f"config.{key} has 'first_order', which treats the samples of an exit "
+          "alike, so weights centred over the batch cancel its gradient; set "
+          "config.meta.center_over to exits or all, or leave it out")
 
 
 def check_key(key: str) -> None:

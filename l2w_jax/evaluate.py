@@ -23,8 +23,10 @@ from ml_collections import ConfigDict
 
 from l2w_jax import (
     checkpoint,
+    diagnostics,
     exit_policy,
     exit_targets,
+    metrics_log,
     models,
     parallel,
     temperature,
@@ -170,6 +172,9 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
       "complete": bool(info["complete"]),
   }
   if parallel.is_writer():
+    diagnoses = metrics_log.read(workdir, "diagnose")
+    if diagnoses:
+      results["diagnostics"] = diagnostics.summarize(diagnoses)
     _write_samples(workdir, dataset, test, thresholds)
     _write_arrays(workdir / "scores.npz", confidence=test.confidence,
                   correct=test.correct)

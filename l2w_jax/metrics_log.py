@@ -12,7 +12,8 @@ from l2w_jax import checkpoint, parallel
 class MetricsLog:
   """Appends one JSON object a line to metrics.jsonl; a context manager.
 
-  Lines have a kind ("train", "evaluate", "weights"), a step and an epoch.
+  Lines have a kind ("train", "evaluate", "weights", "diagnose"), a step and an
+  epoch.
   Opening it for a run that resumes at `step` drops the lines after that step:
   they are about to be written again. With several processes the writer writes.
   """
@@ -50,9 +51,10 @@ class MetricsLog:
     for name, value in values.items():
       if isinstance(value, float):
         self._events.add_scalar(f"{kind}/{name}", value, step)
-      elif isinstance(value, list):
+      elif isinstance(value, list) and not name.endswith("_bins"):
         for k, x in enumerate(value):
-          self._events.add_scalar(f"{kind}/{name}/exit_{k + 1}", x, step)
+          if isinstance(x, float):
+            self._events.add_scalar(f"{kind}/{name}/exit_{k + 1}", x, step)
 
   def flush(self) -> None:
     """Makes everything written so far visible to readers."""
@@ -60,6 +62,19 @@ class MetricsLog:
       self._file.flush()
     if self._events is not None:
       self._events.flush()
+
+
+def read(workdir: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+  """The lines of one kind, by step; of a step written twice, the later one."""
+  path, found = workdir / "metrics.jsonl", {}
+  if not path.exists():
+    return []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      entry = json.loads(line)
+      if entry["kind"] == kind:
+        found[entry["step"]] = entry
+  return [found[step] for step in sorted(found)]
 
 
 def _step(line: str) -> float:

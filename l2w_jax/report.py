@@ -42,7 +42,9 @@ LATENCY_SHAPE = {
                  " speedup speedup_by_macs")]}
 METRIC_SHAPES = {
   "train": _keys("step epoch"), "evaluate": _keys("step epoch accuracy"),
-  "weights": _keys("step epoch loss_bins mean_weight")}
+  "weights": _keys("step epoch loss_bins mean_weight"),
+  "diagnose": _keys("step epoch signal_to_noise_by_exit estimators easy_weight"
+                    " hard_weight confidence_bins weight_by_confidence")}
 PER_SAMPLE = ["images", "labels", "predictions", "exits", "confidence"]
 
 STYLE = {
@@ -53,6 +55,8 @@ STYLE = {
   "text.color": "#202124", "axes.labelcolor": "#3c4043",
   "xtick.color": "#5f6368", "ytick.color": "#5f6368", "savefig.dpi": 150}
 INK, ACCENT, WRONG = "#202124", "#c2410c", "#b3261e"
+ESTIMATOR_HEAD = ["estimator", "cosine with exact", "relative error",
+                  "million operations", "temporary MiB", "ms"]
 MAX_WEIGHT_LINES, MAX_LOSS_POINTS = 12, 200
 SAMPLE_COLUMNS, SAMPLE_ROWS = 8, 2
 
@@ -113,6 +117,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
       figures["weights.png"] = draw_weights(metrics["weights"])
     else:
       (report / "weights.png").unlink(missing_ok=True)
+    if metrics["diagnose"]:
+      figures["diagnostics.png"] = draw_diagnostics(metrics["diagnose"])
     if latency:
       figures["latency.png"] = draw_latency(latency)
     for name, figure in figures.items():
@@ -120,7 +126,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
       figure.savefig(png, format="png")
       write_file(report / name, png.getvalue())
   page = render_page(config, results, float(samples["q"]),
-                     bool(metrics["weights"]), latency)
+                     bool(metrics["weights"]), latency, metrics["diagnose"])
   write_file(report / "index.html", page.encode())
   return report / "index.html"
 
@@ -347,6 +353,66 @@ def draw_weights(lines: list[dict]):
   return figure
 
 
+def draw_diagnostics(lines: list[dict]):
+  """The meta-gradient and the weights over training, from "diagnose" lines."""
+  figure = _figure(9.0, 6.4)
+  (error, noise), (moved, confident) = figure.subplots(2, 2)
+  epochs = [line["epoch"] for line in lines]
+  for name in lines[-1]["estimators"]:
+    values = _array([line["estimators"].get(name, {}).get("relative_error")
+                     for line in lines])
+    if np.nanmax(values, initial=0) > 0:
+      error.plot(epochs, np.where(values > 0, values, np.nan), ".-", label=name)
+  error.set(title="Error of the estimators", xlabel="epoch", yscale="log",
+            ylabel="relative to the exact gradient")
+  error.legend(fontsize=7)
+  snr = _array([line["signal_to_noise_by_exit"] for line in lines])
+  easy, hard = (_array([line[name] for line in lines])
+                for name in ("easy_weight", "hard_weight"))
+  edges = _array(lines[-1]["confidence_bins"])
+  for k, color in enumerate(_exit_colors(snr.shape[1])):
+    noise.plot(epochs, snr[:, k], ".-", color=color, label=f"exit {k + 1}")
+    moved.plot(epochs, easy[:, k], ".-", color=color)
+    moved.plot(epochs, hard[:, k], ".--", color=color)
+    confident.plot(
+      (edges[:-1] + edges[1:]) / 2,
+      _array(lines[-1]["weight_by_confidence"][k]), ".-", color=color)
+  noise.axhline(0, color="#9aa0a6", linewidth=0.9)
+  noise.set(title="Signal to noise of one meta half", xlabel="epoch",
+            ylabel="|mean|² / variance")
+  moved.axhline(1, color="#9aa0a6", linewidth=0.9)
+  moved.set(title="Easiest quarter (solid), hardest (dashed)", xlabel="epoch",
+            ylabel="mean sample weight")
+  confident.axhline(1, color="#9aa0a6", linewidth=0.9)
+  confident.set(title=f"Weights at epoch {epochs[-1]:g}",
+                xlabel="confidence at the exit", ylabel="mean sample weight")
+  figure.legend(*noise.get_legend_handles_labels(), loc="outside right center",
+                reverse=True)
+  return figure
+
+
+def estimator_rows(lines: list[dict]) -> list[list[str]]:
+  """Name, cosine, error, operations, memory and time of each estimator.
+
+  Cells of a table, means over "diagnose" lines; `ESTIMATOR_HEAD` is its head.
+  """
+  def mean(name, key):
+    values = [line["estimators"][name][key] for line in lines
+              if line["estimators"].get(name, {}).get(key) is not None]
+    return sum(values) / len(values) if values else math.nan
+
+  return [
+    [name, f"{mean(name, 'cosine'):.4f}", f"{mean(name, 'relative_error'):.1e}",
+     f"{mean(name, 'flops') / 1e6:,.0f}",
+     f"{mean(name, 'temporary_bytes') / 2**20:,.1f}",
+     f"{mean(name, 'ms'):,.1f}"] for name in lines[-1]["estimators"]]
+
+
+def estimator_table(lines: list[dict]) -> str:
+  """`estimator_rows` as HTML, for the page and for notebooks."""
+  return _table(ESTIMATOR_HEAD, estimator_rows(lines))
+
+
 def draw_latency(latency: dict):
   """Measured speed-up over the full network against the promise of MACs."""
   batches = sorted({row["batch"] for row in latency["rows"]})
@@ -368,6 +434,16 @@ def draw_latency(latency: dict):
     axes.legend(fontsize=7)
   panels[0].set_ylabel("times as fast as the full network")
   return figure
+
+
+def _diagnostics_section(lines: list[dict]) -> str:
+  if not lines:
+    return ""
+  picture = _picture(
+    "diagnostics.png", "One train half and the same meta halves throughout. "
+    "Signal to noise below 0: less signal than noise of its own size explains.")
+  return (f"<h2>Meta-gradient</h2>\n{picture}\n"
+          f"{estimator_table(lines)}")
 
 
 def _way(row: dict) -> str:
@@ -579,7 +655,8 @@ def _latency_section(latency: dict | None) -> str:
 
 
 def render_page(config: dict, results: dict, q: float,
-                has_weights: bool, latency: dict | None = None) -> str:
+                has_weights: bool, latency: dict | None = None,
+                diagnoses: list[dict] | None = None) -> str:
   """The page as HTML; `q` is that of the sample pictures."""
   count = results["samples"]
   if has_weights:
@@ -630,6 +707,7 @@ def render_page(config: dict, results: dict, q: float,
 {_latency_section(latency)}
 <h2>Weights against loss</h2>
 {weights}
+{_diagnostics_section(diagnoses or [])}
 <h2>Training</h2>
 {training}
 <h2>Settings and versions</h2>

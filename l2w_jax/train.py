@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import checkpoint, evaluate, models, parallel, weighting
+from l2w_jax import checkpoint, diagnostics, evaluate, models, parallel, weighting
 from l2w_jax import config as config_lib
 from l2w_jax.data import feeds, order, resident, sources
 from l2w_jax.metrics_log import MetricsLog
@@ -127,6 +127,9 @@ class _Loop:
     self._workdir, self._config = workdir, config
     self._dataset, self._backbone = dataset, backbone
     self._num_devices = num_devices
+    if config.diagnose.every and parallel.is_writer():
+      self._probe = diagnostics.make_probe(
+          dataset, config.diagnose.half, config.diagnose.meta_halves)
     self._steps_per_epoch = order.steps_per_epoch(
         len(dataset.train.labels), config.batch)
     self._total = config.epochs * self._steps_per_epoch
@@ -167,6 +170,12 @@ class _Loop:
       self._score = evaluate.compile_scorer(
           state.variables, self._backbone, self._dataset, self._config,
           self._num_devices)
+    self._diagnosis = None
+    if self._config.diagnose.every and parallel.is_writer():
+      with self._progress.compiling("the diagnosis"):
+        self._diagnosis = diagnostics.Diagnosis(
+            self._backbone, self._config, self._steps_per_epoch,
+            parallel.first(state, self._num_devices), self._probe)
     self._seconds["compile"] += time.monotonic() - began
     return run_block
 
@@ -177,8 +186,13 @@ class _Loop:
     """Runs block after block; the report of one waits while the next runs."""
     self._reported_at = began = time.monotonic()
     pending, size = None, None
+    every = self._config.diagnose.every
+    if every and step == 0:
+      began += self._diagnose(state, step)
     while step < self._total:
       n = min(size or 1, self._steps_per_epoch - step % self._steps_per_epoch)
+      if every:
+        n = min(n, every - step % every)
       state, block = run_block(state, feed.data(step), self._count(n))
       size = size or self._block_size(block, feed)
       if pending is not None:
@@ -187,9 +201,13 @@ class _Loop:
       step += n
       evaluates = self._due(step, self._config.evaluate.every)
       saves = self._due(step, self._config.checkpoint.every)
-      if evaluates or saves:
+      # After the last step the learning rate, and so every gradient, is 0.
+      diagnoses = every and step % every == 0 and step < self._total
+      if evaluates or saves or diagnoses:
         self._report(*pending)
         pending = None
+      if diagnoses:
+        began += self._diagnose(state, step)
       if evaluates:
         self._evaluate(state, step)
       if saves:
@@ -258,6 +276,16 @@ class _Loop:
              for m, count in zip(means, counts, strict=True)]
             for means, counts in zip(mean, counts, strict=True)],
         "count": counts.astype(int).tolist()})
+
+  def _diagnose(self, state: TrainState, step: int) -> float:
+    """Writes what `diagnostics` says of a state; the seconds that took."""
+    began = time.monotonic()
+    if self._diagnosis is not None:
+      self._write("diagnose", step, self._diagnosis(
+          parallel.first(state, self._num_devices)))
+    seconds = time.monotonic() - began
+    self._reported_at += seconds
+    return seconds
 
   def _evaluate(self, state: TrainState, step: int) -> None:
     if not len(self._dataset.calibration.labels):

@@ -17,7 +17,7 @@ ORDER = """
     train_step
     data
     checkpoint
-    metrics_log
+    diagnostics metrics_log
     report
     comparison
     evaluate

@@ -28,7 +28,9 @@ SMALL = {
 def build(name, image=(32, 32, 3), **changes):
   kind, values = SMALL[name]
   config = config_lib.defaults(kind)
-  config.model.update(channels=4, growth=8, classifier_width=8)
+  small = {"channels": 4, "growth": 8, "classifier_width": 8}
+  config.model.update(
+      {key: value for key, value in small.items() if key in config.model})
   config.model.update(values | changes)
   return l2w.build_backbone(config_lib.validate(config).model, 5, image)
 

@@ -1,0 +1,102 @@
+"""Estimators of the meta-gradient side by side: error, operations, memory, time.
+
+    python experiments/estimators.py configs/digits.py --steps 80 --out digits.json
+
+trains for some steps with the exact gradient, compares the estimators at the state
+reached, on one train half and M meta halves of train images, and prints a table for
+a README. The same numbers are stored, and noise and weights with them: it is a line
+of kind "diagnose" (`l2w_jax/diagnostics.py`). --estimators names others, and --set
+changes keys of the config.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+
+import jax
+from benchmark import _override as override
+
+import l2w_jax as l2w
+from l2w_jax import checkpoint, diagnostics, report
+from l2w_jax.data import order, resident, sources
+
+
+def trained(backbone, config, dataset, steps: int):
+  """The state after some steps of a run, on one device."""
+  init_key, data_key = jax.random.split(jax.random.key(config.seed))
+  state = l2w.init_state(init_key, backbone, config)
+  if steps:
+    step = l2w.make_train_step(
+        backbone, config, steps_per_epoch=_per_epoch(config, dataset))
+    batch_fn = jax.jit(resident.make_batch_fn(config, data_key))
+    data = jax.device_put(resident.arrays(dataset))
+    for _ in range(steps):
+      state, _ = step(state, batch_fn(data, state.step))
+  return jax.block_until_ready(state)
+
+
+def _per_epoch(config, dataset) -> int:
+  return order.steps_per_epoch(len(dataset.train.labels), config.batch)
+
+
+def measure(config, steps: int) -> dict:
+  """A "diagnose" line for the state after `steps` steps."""
+  dataset = sources.load(config.data)
+  if isinstance(dataset.train.images, sources.LazyImages):
+    raise ValueError(f"{config.data.source} streams; set data.feed=resident")
+  backbone = l2w.build_backbone(
+      config.model, dataset.num_classes, dataset.image_shape)
+  print(f"{steps} steps ...", file=sys.stderr, flush=True)
+  state = trained(backbone, config, dataset, steps)
+  probe = diagnostics.make_probe(
+      dataset, config.batch // 2, config.diagnose.meta_halves)
+  print("compiling the estimators ...", file=sys.stderr, flush=True)
+  diagnosis = diagnostics.Diagnosis(
+      backbone, config, _per_epoch(config, dataset), state, probe)
+  diagnosis(state)  # the first call of a program is slower
+  device = jax.devices()[0]
+  return {"step": steps, **diagnosis(state), "jax": jax.__version__,
+          "device": f"{device.platform} {device.device_kind}"}
+
+
+def table(line) -> str:
+  """The estimators as Markdown."""
+  rows = [report.ESTIMATOR_HEAD, ["---"] * len(report.ESTIMATOR_HEAD),
+          *report.estimator_rows([line])]
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(arguments=None) -> None:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
+  parser.add_argument("--set", action="append", default=[], type=override,
+                      metavar="KEY=VALUE", help="override a key of the config")
+  parser.add_argument("--steps", default=0, type=int,
+                      help="training steps before (default %(default)s)")
+  parser.add_argument("--estimators", nargs="+", default=None,
+                      help="instead of those of diagnose.estimators")
+  parser.add_argument("--out", default="estimators.json", type=pathlib.Path,
+                      help="where the line is stored (default %(default)s)")
+  options = parser.parse_args(arguments)
+  try:
+    if options.steps < 0:
+      raise ValueError(f"--steps must be at least 0, got {options.steps}")
+    config = l2w.load_config(options.config, {
+        **dict(options.set), "diagnose.every": 1})
+    if options.estimators:
+      config.diagnose.estimators = tuple(options.estimators)
+    config.diagnose.half = config.batch // 2
+    line = measure(l2w.config.validate(config), options.steps)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  checkpoint.write_atomically(options.out, json.dumps(line, indent=2) + "\n")
+  print(table(line))
+
+
+if __name__ == "__main__":
+  main()
