@@ -223,7 +223,7 @@ def conv_bn_relus(
   if not mode.train:
     return [conv(x, mode) for conv, x in zip(convs, images, strict=True)]
   images = [conv.conv(x) for conv, x in zip(convs, images, strict=True)]
-  return [jax.nn.relu(x) for x in batch_norms(
+  return [relu(x) for x in batch_norms(
       [conv.bn for conv in convs], images, mode)]
 
 
