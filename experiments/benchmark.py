@@ -3,12 +3,14 @@
     python experiments/benchmark.py configs/cifar100_msdnet.py \
         --set batch=128 --out cifar100.json
 
-compiles a forward pass, the uniform step, the l2w step and the l2w step at
-interval 100, times them in turn on the same random images, and prints and
-stores a table. Each piece is stored when it is done; the same command again
-does only what is missing. --remat adds both steps with model.remat, and
---compile-only measures no time: it needs no memory for the images, so any size
-can be asked.
+compiles a forward pass, the uniform step, the l2w step, one half of it and the
+l2w step at interval 100, times all but the half in turn on the same random
+images, and prints and stores a table. Each piece is stored when it is done, and
+compiled programs in a folder beside the file; the same command again does only
+what is missing. --remat adds both steps with model.remat, --pytorch the same
+forward pass and steps in plain PyTorch (pytorch_step.py, pip install
+"l2w_jax[torch]"), run in turn with ours, and --compile-only measures no time: it
+needs no memory for the images, so any size can be asked.
 
 Operations are XLA's own count of the compiled program. It counts the body of
 the loop over the two halves once, so a step is twice that. The device's peak is
@@ -20,19 +22,24 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import pathlib
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 import l2w_jax as l2w
-from l2w_jax import checkpoint
-from l2w_jax.train_step import step_body
+from l2w_jax import allocation, checkpoint
+from l2w_jax.train_step import half_step_body, step_body
 
 # Data source: image shape and classes.
 SHAPES = {
@@ -51,29 +58,32 @@ STEPS = {  # program: what it changes in the config
 }
 REMAT = {f"{name}, remat": STEPS[name] | {"model.remat": True}
          for name in ("uniform", "l2w")}
+HALF = "l2w, one half"
+PYTORCH = {f"{name}, PyTorch": name for name in ("forward", "uniform", "l2w")}
 
 
 class Program:
   """One compiled function with what it needs to be timed."""
 
-  def __init__(self, config_file, overrides, forward=False):
+  def __init__(self, config_file, overrides, name="step"):
     self.config = l2w.load_config(config_file, overrides)
     shape, self.classes = _shape(self.config)
     self.backbone = l2w.build_backbone(self.config.model, self.classes, shape)
-    batch = self.config.batch
-    images = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    batch = self.config.batch // (2 if name == HALF else 1)
+    images = jax.ShapeDtypeStruct((batch, *shape), jnp.result_type(float))
     state = jax.eval_shape(self.fresh_state)
-    if forward:
-      function = jax.jit(lambda state, batch: (
-          state, self.backbone.apply(state.variables, batch["image"])),
-          donate_argnums=0)
-    else:
-      function = jax.jit(step_body(
-          self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH),
-          donate_argnums=0)
+    inputs = {
+        "image": images, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    functions = {
+        "forward": lambda state, batch: (
+            state, self.backbone.apply(state.variables, batch["image"])),
+        HALF: half_step_body(
+            self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH)}
+    function = functions.get(name) or step_body(
+        self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH)
     began = time.perf_counter()
-    lowered = function.lower(state, {
-        "image": images, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)})
+    lowered = jax.jit(function, donate_argnums=0).lower(
+        state, *([inputs] * (2 if name == HALF else 1)))
     traced = time.perf_counter()
     self.compiled = lowered.compile()
     ended = time.perf_counter()
@@ -81,7 +91,7 @@ class Program:
     cost = self.compiled.cost_analysis()
     self.facts = {
         "trace_seconds": traced - began, "compile_seconds": ended - traced,
-        "flops": (1 if forward else 2) * cost["flops"],
+        "flops": (1 if name in functions else 2) * cost["flops"],
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes}
@@ -106,6 +116,121 @@ class Program:
     returned = time.perf_counter()
     jax.block_until_ready((self.state, result))
     return time.perf_counter() - began, returned - began
+
+
+class PyTorch:
+  """pytorch_step.py in a process of its own, with the weights of a program."""
+
+  def __init__(self, program: Program, batch):
+    check_pytorch(program.config)
+    self._folder = tempfile.TemporaryDirectory()
+    self._path = pathlib.Path(self._folder.name)
+    self._program, self._batch = program, batch
+    config, state = program.config, program.fresh_state()
+    self._save("batch", {
+        "image": np.asarray(batch["image"]).transpose(0, 3, 1, 2),
+        "label": np.asarray(batch["label"], np.int64)})
+    self._save("weights", torch_state(state.variables))
+    self._save("wpn", torch_state({"params": state.wpn_params}))
+    (self._path / "settings.json").write_text(json.dumps({
+        **config.optimizer, "meta": dict(config.meta),
+        "proportions": np.asarray(allocation.proportions(
+            config.meta.q, program.backbone.num_exits)).tolist()}))
+    script = pathlib.Path(__file__).with_name("pytorch_step.py")
+    self._process = subprocess.Popen(
+        [sys.executable, script, self._path], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    self.about = self._answer()
+
+  def _save(self, name, arrays):
+    np.savez(self._path / f"{name}.npz", **arrays)
+
+  def _answer(self):
+    line = self._process.stdout.readline()
+    if not line:
+      raise ValueError("the PyTorch process died; its own message is above")
+    return json.loads(line)
+
+  def _ask(self, word):
+    self._process.stdin.write(f"{word}\n")
+    self._process.stdin.flush()
+    return self._answer()
+
+  def run(self, name):
+    """Seconds of `name` (forward, uniform or l2w) in PyTorch."""
+    seconds = self._ask(name)["seconds"]
+    time.sleep(0.3)  # its threads spin for a while when they have nothing to do
+    return seconds
+
+  def differences(self) -> dict[str, float]:
+    """Largest difference of one l2w step, over the largest entry.
+
+    Of the losses, weights, meta loss and meta-gradient of each half, and of the
+    new parameters and running statistics; from the same weights.
+    """
+    self._ask("l2w?")
+    with np.load(self._path / "l2w.npz") as arrays:
+      theirs = dict(arrays)
+    state, metrics = self._program.compiled(
+        self._program.fresh_state(), self._batch)
+    pairs = {}
+    for half in range(2):
+      for name in ("losses", "weights", "meta_loss"):
+        pairs[f"{name} of half {half + 1}"] = [
+            (metrics[name][half], theirs[name][half])]
+      gradient = jax.tree.map(
+          lambda x, half=half: x[half], metrics["wpn_gradient"])
+      pairs[f"meta-gradient of half {half + 1}"] = [
+          (x, theirs[f"gradient.{key}"][half])
+          for key, x in torch_state({"params": gradient}).items()]
+    pairs["backbone"] = [
+        (x, theirs[f"network.{key}"])
+        for key, x in torch_state(state.variables).items()
+        if not key.endswith("num_batches_tracked")]
+    pairs["WPN"] = [
+        (x, theirs[f"wpn.{key}"])
+        for key, x in torch_state({"params": state.wpn_params}).items()]
+
+    def largest(arrays):
+      return max(float(np.max(np.abs(x))) for x in arrays)
+
+    return {name: largest(a - b for a, b in arrays) / largest(
+        a for a, _ in arrays) for name, arrays in pairs.items()}
+
+  def close(self):
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+    self._process.stdout.close()
+    self._folder.cleanup()
+
+
+def check_pytorch(config) -> None:
+  """Raises ValueError for a config that pytorch_step.py does not cover."""
+  wanted = {"model.name": "msdnet", "method": "l2w", "meta.inputs": "loss",
+            "meta.interval": 1, "label_smoothing": 0}
+  given = {"model.name": config.model.name, "method": config.method,
+           "meta.inputs": config.meta.inputs,
+           "meta.interval": config.meta.interval,
+           "label_smoothing": config.label_smoothing}
+  for key, value in wanted.items():
+    if given[key] != value:
+      raise ValueError(f"--pytorch is written for {key}={value!r}, not "
+                       f"{given[key]!r}; leave it out or change the key")
+
+
+def torch_state(variables) -> dict[str, np.ndarray]:
+  """The state_dict of pytorch_step.py's modules, which are named as ours."""
+  leaves = {"kernel": "weight", "scale": "weight", "bias": "bias",
+            "mean": "running_mean", "var": "running_var"}
+  axes = {4: (3, 2, 0, 1), 2: (1, 0)}
+  state = {}
+  for (_, *owner, leaf), x in traverse_util.flatten_dict(variables).items():
+    name = ".".join([*owner, leaves[leaf]])
+    state[name] = np.asarray(x).transpose(axes.get(x.ndim))
+    if leaf == "var":
+      state[".".join([*owner, "num_batches_tracked"])] = np.zeros((), np.int64)
+  return state
 
 
 def _shape(config):
@@ -143,31 +268,40 @@ def peaks() -> dict[str, float]:
           convolve, images, kernel)}
 
 
-def times(programs: dict[str, Program], rounds: int) -> dict[str, dict]:
+def random_batch(config) -> dict[str, jax.Array]:
+  """Images and labels of a loader batch, always the same."""
+  shape, classes = _shape(config)
+  rng = np.random.default_rng(0)
+  return {
+      "image": jnp.asarray(
+          rng.standard_normal((config.batch, *shape), np.float32),
+          jnp.result_type(float)),
+      "label": jnp.asarray(rng.integers(0, classes, config.batch), jnp.int32)}
+
+
+def times(
+    programs: dict[str, Program], batch, rounds: int,
+    pytorch: PyTorch | None = None) -> dict[str, dict]:
   """Seconds of each program, run in turn `rounds` times after two warm-ups.
 
   At interval 100 both kinds of step are timed, with a WPN update and without.
   """
-  config = programs["l2w"].config
-  shape, classes = _shape(config)
-  rng = np.random.default_rng(0)
-  batch = {
-      "image": jnp.asarray(
-          rng.standard_normal((config.batch, *shape), np.float32)),
-      "label": jnp.asarray(rng.integers(0, classes, config.batch), jnp.int32)}
   for program in programs.values():
     program.start(batch, 0)
   jobs = {}
   for name, program in programs.items():
     if name == f"l2w, interval {INTERVAL}":
-      jobs[f"{name}: with update"] = program, 0
-      jobs[f"{name}: without"] = program, 1
+      jobs[f"{name}: with update"] = functools.partial(program.run, 0)
+      jobs[f"{name}: without"] = functools.partial(program.run, 1)
     else:
-      jobs[name] = program, None
+      jobs[name] = program.run
+  if pytorch is not None:
+    jobs |= {name: lambda word=word: (pytorch.run(word), None)
+             for name, word in PYTORCH.items()}
   measured = {name: [] for name in jobs}
   for i in range(rounds + 2):
-    for name, (program, step) in jobs.items():
-      result = program.run(step)
+    for name, job in jobs.items():
+      result = job()
       if i >= 2:
         measured[name].append(result)
   return {name: {"seconds": [s for s, _ in runs],
@@ -175,10 +309,17 @@ def times(programs: dict[str, Program], rounds: int) -> dict[str, dict]:
           for name, runs in measured.items()}
 
 
-def run(config_file, overrides, path, *, remat, compile_only, rounds):
+def run(config_file, overrides, path, *, remat=False, compile_only=False,
+        pytorch=False, rounds=5):
   """The stored results, after doing what they lack."""
-  # What is compiled here is to be timed, not read.
-  jax.config.update("jax_enable_compilation_cache", False)
+  if pytorch:
+    check_pytorch(l2w.load_config(config_file, overrides | STEPS["l2w"]))
+  # Compilation is to be timed, not read; what has been timed may be read.
+  cache = path.with_suffix(".cache")
+  if not path.exists():
+    shutil.rmtree(cache, ignore_errors=True)
+  jax.config.update("jax_compilation_cache_dir", str(cache.resolve()))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   device = jax.devices()[0]
   about = {
       "config": config_file, "overrides": overrides,
@@ -196,20 +337,26 @@ def run(config_file, overrides, path, *, remat, compile_only, rounds):
 
   programs = {}
   wanted = {"forward": STEPS["uniform"]} | STEPS | (REMAT if remat else {})
-  timed = [*wanted] if not compile_only else []
+  timed = [] if compile_only else [*wanted, *(PYTORCH if pytorch else ())]
+  wanted[HALF] = STEPS["l2w"]
   missing = [name for name in timed if name not in results.get("programs", [])]
   for name, changes in wanted.items():
     if missing or name not in results["compiled"]:
       print(f"compiling {name} ...", file=sys.stderr, flush=True)
-      program = Program(
-          config_file, overrides | changes, forward=name == "forward")
+      program = Program(config_file, overrides | changes, name)
       results["compiled"].setdefault(name, program.facts)
       store()
-      programs[name] = program if missing else None
+      if missing and name != HALF:
+        programs[name] = program
   if missing:
     print(f"timing {rounds} rounds ...", file=sys.stderr, flush=True)
-    results |= {"peak": peaks(), "times": times(programs, rounds),
+    batch = random_batch(programs["l2w"].config)
+    other = PyTorch(programs["l2w"], batch) if pytorch else None
+    results |= {"peak": peaks(), "times": times(programs, batch, rounds, other),
                 "batch": programs["l2w"].config.batch, "programs": timed}
+    if other is not None:
+      results["pytorch"] = other.about | {"differences": other.differences()}
+      other.close()
     store()
   return results
 
@@ -227,6 +374,9 @@ def table(results) -> str:
         f"{facts['temporary_bytes'] / 2**20:10.0f}"
         f"{facts['temporary_bytes'] / base['temporary_bytes']:7.2f}"
         f"{facts['trace_seconds']:9.1f}{facts['compile_seconds']:10.1f}")
+  whole, half = compiled["l2w"], compiled[HALF]
+  lines.append("compilation of the whole l2w step over one half: "
+               f"{whole['compile_seconds'] / half['compile_seconds']:.2f}")
   if "times" not in results:
     return "\n".join(lines)
   measured, batch = results["times"], results["batch"]
@@ -242,18 +392,32 @@ def table(results) -> str:
       rate = facts["flops"] / best[name]
       share = rate / results["peak"]["convolution"]
       speed = f"{rate / 1e9:9.1f}{100 * share:7.0f}%"
-    host = statistics.median(x["host_seconds"]) / statistics.median(x["seconds"])
+    host = ""
+    if name not in PYTORCH:
+      host = statistics.median(x["host_seconds"]) / statistics.median(
+          x["seconds"])
+      host = f"{100 * host:7.2f}%"
     lines.append(
         f"{name:32}{1e3 * best[name]:10.1f}"
         f"{1e3 * statistics.median(x['seconds']):8.1f}"
         f"{batch / best[name]:10.0f}{best[name] / best['uniform']:9.2f}"
-        f"{best[name] / best['forward']:9.2f}{speed}{100 * host:7.2f}%")
+        f"{best[name] / best['forward']:9.2f}{speed}{host}".rstrip())
   name = f"l2w, interval {INTERVAL}"
   mean = (best[f"{name}: with update"]
           + (INTERVAL - 1) * best[f"{name}: without"]) / INTERVAL
   lines.append(f"{name}: {mean / best['uniform']:.3f} of uniform on average")
   lines.append("peak GFLOP/s: " + ", ".join(
       f"{kind} {rate / 1e9:.0f}" for kind, rate in results["peak"].items()))
+  if "pytorch" in results:
+    other = results["pytorch"]
+    lines.append(
+        f"PyTorch {other['torch']}, {other['threads']} threads, over ours: "
+        + ", ".join(f"{word} {best[name] / best[word]:.2f}"
+                    for name, word in PYTORCH.items()))
+    lines.append("one l2w step from the same weights, largest difference over "
+                 "largest entry: " + ", ".join(
+                     f"{name} {x:.0e}"
+                     for name, x in other["differences"].items()))
   return "\n".join(lines)
 
 
@@ -278,6 +442,8 @@ def main(arguments=None) -> None:
                       help="where results are stored (default %(default)s)")
   parser.add_argument("--remat", action="store_true",
                       help="also both steps with model.remat")
+  parser.add_argument("--pytorch", action="store_true",
+                      help="also the same in plain PyTorch")
   parser.add_argument("--compile-only", action="store_true",
                       help="operations, memory and compile time only")
   parser.add_argument("--rounds", default=5, type=int,
@@ -288,7 +454,8 @@ def main(arguments=None) -> None:
       raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
     print(table(run(
         options.config, dict(options.set), options.out, remat=options.remat,
-        compile_only=options.compile_only, rounds=options.rounds)))
+        compile_only=options.compile_only, pytorch=options.pytorch,
+        rounds=options.rounds)))
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

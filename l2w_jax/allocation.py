@@ -115,6 +115,19 @@ def allocate(
   return _allocate(confidence, proportions)
 
 
+def everywhere(
+  confidence: ArrayLike, proportions: ArrayLike | Sequence[float]
+) -> Bool[Array, "B K"]:
+  """Every sample at every exit: `meta_loss` is then the plain sum of exits.
+
+  Takes the place of `allocate` in the ablation without the paper's objective.
+  """
+  return jnp.ones(jnp.shape(confidence), bool)
+
+
+OBJECTIVES = {"allocated": allocate, "plain": everywhere}
+
+
 @jax.jit
 def _allocate(
   confidence: Float[Array, "B K"], proportions: Float[Array, " K"]

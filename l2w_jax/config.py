@@ -109,6 +109,9 @@ _EVERY_MODEL = {
     "init": _choice(
         "pytorch", ("pytorch", "he"),
         "kernels: uniform ±1/√fan_in, or normal of variance 2/(k²·C_out)"),
+    "dtype": _choice(
+        "float32", ("float32", "bfloat16"),
+        "of images, convolutions and activations; all else stays float32"),
     "remat": _flag(
         False, "compute each stage anew in derivatives: less memory, slower"),
 }
@@ -154,8 +157,11 @@ _NAME = {"name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone")}
 KEYS = {
     "seed": _integer(0, 0, "root of every random number of a run"),
     "method": _choice(
-        "l2w", ("l2w", "uniform"),
-        "learned sample weights, or the plain sum of exit losses"),
+        "l2w", ("l2w", "uniform", "fixed", "random", "easy_early",
+                "equilibrium", "distill"),
+        "learned sample weights; the plain sum of exit losses; or with "
+        "exit_weights, random weights, weights that favour easy samples early, "
+        "gradient equilibrium, or self-distillation"),
     "epochs": _integer(300, 1, "passes over the train split"),
     "batch": _integer(
         1024, 2, "loader batch 2B in images over all devices; two updates"),
@@ -220,6 +226,10 @@ KEYS = {
             "'unroll:T' with a whole number T ≥ 1",
             "of the WPN gradient, Eq. 8; T: look-ahead of T steps on T parts of "
             "the half"),
+        "objective": _choice(
+            "allocated", ("allocated", "plain"),
+            "meta samples count at the exit they would leave from, or, as an "
+            "ablation, at every exit"),
         "interval": _integer(
             1, 1, "loader batches between WPN updates, counted in an epoch"),
         "hidden": _integer(500, 1, "units in a hidden layer of the WPN"),
@@ -229,6 +239,15 @@ KEYS = {
             open_low=True),
         "weight_decay": _number(
             0, math.inf, "of Adam, L2 in the gradient", 1e-4),
+    },
+    "baseline": {
+        "exit_weights": _numbers(
+            (), "method fixed: the weight of each exit's loss"),
+        "distill": _number(
+            0, 1, "method distill: share of the last exit's soft labels in the "
+            "loss of an earlier exit", 0.5),
+        "temperature": _number(
+            0, math.inf, "method distill: softens both", 3.0, open_low=True),
     },
     "evaluate": {
         "batch": _integer(512, 1, "images per evaluation step on a device"),
@@ -272,6 +291,13 @@ KEYS = {
     },
     "num_devices": _integer(
         0, 0, "devices that share a batch; 0: all of the run"),
+    "microbatches": _integer(
+        1, 1, "parts of a half that a device computes in turn: less memory, 1.4 "
+        "times the operations; BatchNorm's statistics are then those of a part"),
+    "sync": _choice(
+        "global", ("global", "local"),
+        "devices compute as one, or as released: BatchNorm, centring, ranking and "
+        "pseudo step on each, only the gradients averaged"),
 }
 
 
@@ -340,6 +366,12 @@ def validate(config: ConfigDict) -> ConfigDict:
         "config.data.calibration=0 holds nothing out to choose thresholds on; set "
         "config.evaluate.calibration=released to choose them on the train split")
   _validate_estimators(config)
+  if (config.microbatches > 1
+      and estimator(config.meta.estimator)[0] == "unroll"):
+    raise ValueError(
+        f"config.meta.estimator={config.meta.estimator!r} cuts a half by itself; "
+        f"set config.microbatches to 1 (it is {config.microbatches}), or take "
+        "another estimator")
   return config
 
 
@@ -436,7 +468,17 @@ def load_config(
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config(*([argument] if argument else []))
-  for key, value in (overrides or {}).items():
+  return with_overrides(config, overrides or {})
+
+
+def with_overrides(
+    config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """The config itself with dotted key -> value set, validated.
+
+  Raises:
+    ValueError: an unknown key, or a value out of range.
+  """
+  for key, value in overrides.items():
     _override(config, key, value)
   return validate(config)
 

@@ -102,7 +102,10 @@ def compile_scorer(
 
 
 def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
-  """Scores the latest checkpoint; writes results.json and samples.npz.
+  """Scores the latest checkpoint; writes results.json and two .npz files.
+
+  samples.npz holds the pictures of the report; scores.npz the confidence
+  (float32 [N K]) and correctness (bool [N K]) of the test split.
 
   Returns:
     what results.json holds.
@@ -173,6 +176,8 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
     if diagnoses:
       results["diagnostics"] = diagnostics.summarize(diagnoses)
     _write_samples(workdir, dataset, test, thresholds)
+    _write_arrays(workdir / "scores.npz", confidence=test.confidence,
+                  correct=test.correct)
     checkpoint.write_atomically(
         workdir / "results.json", json.dumps(results, indent=2) + "\n")
   return results
@@ -345,12 +350,15 @@ def _write_samples(workdir, dataset, test, thresholds):
   shown = np.concatenate([
       np.flatnonzero(exits == k)[:40] for k in range(len(row))])
   at_exit = (shown, exits[shown])
-  path = workdir / "samples.npz"
-  temporary = path.with_name(".samples.npz")
-  np.savez_compressed(
-      temporary, images=dataset.test.images[shown],
+  _write_arrays(
+      workdir / "samples.npz", images=dataset.test.images[shown],
       labels=dataset.test.labels[shown], exits=exits[shown],
       predictions=test.prediction[at_exit],
       confidence=test.confidence[at_exit], q=SAMPLES_AT_Q,
       class_names=np.array(dataset.class_names))
+
+
+def _write_arrays(path, **arrays):
+  temporary = path.with_name(f".{path.name}")
+  np.savez_compressed(temporary, **arrays)
   temporary.replace(path)

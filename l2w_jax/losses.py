@@ -1,6 +1,6 @@
 """Cross-entropy and confidence, per sample and exit.
 
-Shapes: B = samples, K = exits, C = classes. Losses are in nats. Both functions
+Shapes: B = samples, K = exits, C = classes. Losses are in nats. All functions
 stay unreduced: what a loss weighs is decided by `weighting` and `allocation`.
 """
 from __future__ import annotations
@@ -30,6 +30,32 @@ def cross_entropy(
     return -picked
   spread = log_p.mean(axis=-1)
   return -(1 - label_smoothing) * picked - label_smoothing * spread
+
+
+def self_distillation(
+    logits: Float[Array, "B K C"], labels: Int[Array, " B"],
+    label_smoothing: float, share: float, temperature: float,
+) -> Float[Array, "B K"]:
+  """Earlier exits also learn from the soft labels of the last one.
+
+  With p_k = softmax(logits_k / T), and p_K detached, exit k < K has
+
+      (1 - share) · cross-entropy + share · T² · KL(p_K ‖ p_k)
+
+  and the last exit its cross-entropy. T² keeps both terms alike in scale
+  (Hinton et al., 2015); the last exit as teacher is Phuong and Lampert's (ICCV
+  2019).
+
+  Returns:
+    losses in nats.
+  """
+  losses = cross_entropy(logits, labels, label_smoothing)
+  log_p = jax.nn.log_softmax(
+      _at_least_float32(logits) / temperature, axis=-1)
+  teacher = jax.lax.stop_gradient(log_p[:, -1:])
+  divergence = (jnp.exp(teacher) * (teacher - log_p)).sum(axis=-1)
+  mixed = (1 - share) * losses + share * temperature**2 * divergence
+  return jnp.concatenate([mixed[:, :-1], losses[:, -1:]], axis=1)
 
 
 def confidence(logits: Float[Array, "B K C"]) -> Float[Array, "B K"]:

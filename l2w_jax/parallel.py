@@ -34,26 +34,41 @@ def _identity(x):
 class Collectives(NamedTuple):
   """What a step needs from its devices.
 
-  axis_name: pmap axis, for BatchNorm; None on one device.
-  num_devices: D.
-  mean: mean of a pytree over devices.
-  gather: [B …] of this device -> [D·B …] of all, in device order.
+  Devices of one group compute as if they were one: all of a run together, or each
+  by itself (`config.sync`).
+
+  axis_name: pmap axis of the group, for BatchNorm; None for a group of one.
+  num_devices: D, in the group.
+  mean: mean of a pytree over the group.
+  gather: [B …] of this device -> [D·B …] of the group, in device order.
   own: [D·B …] -> the [B …] rows of this device.
-  own_halves: [2·D·B …] -> its [2·B …]: rows of half 1, then rows of half 2.
+  across: mean of a pytree over groups, where each holds one value.
+  own_halves: rows of a batch of the whole run -> this device's, [2·B …]: rows of
+    half 1, then rows of half 2.
   """
   axis_name: str | None = None
   num_devices: int = 1
   mean: Callable[[PyTree], PyTree] = _identity
   gather: Callable[[Array], Array] = _identity
   own: Callable[[Array], Array] = _identity
+  across: Callable[[PyTree], PyTree] = _identity
   own_halves: Callable[[Array], Array] = _identity
+
+  def mean_of_all(self, tree: PyTree) -> PyTree:
+    """Mean of a pytree over all devices of the run."""
+    return self.across(self.mean(tree))
 
 
 ONE_DEVICE = Collectives()
 
 
-def collectives(num_devices: int) -> Collectives:
-  """Collectives over `num_devices` under pmap; identities for one device."""
+def collectives(num_devices: int, sync: str = "global") -> Collectives:
+  """Collectives over `num_devices` under pmap; identities for one device.
+
+  Args:
+    num_devices: of the run.
+    sync: "global" for one group of all, "local" for groups of one.
+  """
   if num_devices == 1:
     return ONE_DEVICE
 
@@ -66,9 +81,13 @@ def collectives(num_devices: int) -> Collectives:
     first, second = jnp.split(x, 2)
     return jnp.concatenate([own(first), own(second)])
 
+  def mean(tree: PyTree) -> PyTree:
+    return jax.lax.pmean(tree, AXIS)
+
+  if sync == "local":
+    return Collectives(across=mean, own_halves=own_halves)
   return Collectives(
-      AXIS, num_devices,
-      mean=lambda tree: jax.lax.pmean(tree, AXIS),
+      AXIS, num_devices, mean=mean,
       gather=lambda x: jax.lax.all_gather(x, AXIS, tiled=True),
       own=own, own_halves=own_halves)
 

@@ -99,8 +99,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
   workdir = pathlib.Path(workdir)
   config = _read(workdir, "config.json", "train", _parse_config)
-  metrics = _read(workdir, "metrics.jsonl", "train", _parse_metrics)
-  results = _read(workdir, "results.json", "evaluate", _parse_results)
+  metrics = read_metrics(workdir)
+  results = read_results(workdir)
   samples = _read(workdir, "samples.npz", "evaluate", _parse_samples)
   latency = None
   if (workdir / "latency.json").exists():
@@ -124,11 +124,26 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     for name, figure in figures.items():
       png = io.BytesIO()
       figure.savefig(png, format="png")
-      _write(report / name, png.getvalue())
+      write_file(report / name, png.getvalue())
   page = render_page(config, results, float(samples["q"]),
                      bool(metrics["weights"]), latency, metrics["diagnose"])
-  _write(report / "index.html", page.encode())
+  write_file(report / "index.html", page.encode())
   return report / "index.html"
+
+
+def read_metrics(workdir: pathlib.Path) -> dict[str, list[dict]]:
+  """The lines of metrics.jsonl by kind; raises ValueError as `write_report`."""
+  return _read(workdir, "metrics.jsonl", "train", _parse_metrics)
+
+
+def read_results(workdir: pathlib.Path) -> dict:
+  """What results.json holds; raises ValueError as `write_report`."""
+  return _read(workdir, "results.json", "evaluate", _parse_results)
+
+
+def read_scores(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+  """What scores.npz holds; raises ValueError as `write_report`."""
+  return _read(workdir, "scores.npz", "evaluate", _parse_scores)
 
 
 def _read(workdir: pathlib.Path, name: str, mode: str,
@@ -206,7 +221,15 @@ def _parse_samples(data: bytes) -> dict[str, np.ndarray]:
   return samples
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
+def _parse_scores(data: bytes) -> dict[str, np.ndarray]:
+  with np.load(io.BytesIO(data)) as arrays:
+    scores = dict(arrays)
+  _require(_keys("confidence correct"), scores, "it")
+  return scores
+
+
+def write_file(path: pathlib.Path, data: bytes) -> None:
+  """Replaces a file; a reader sees the old or the new one whole."""
   partial = path.with_name(f".{path.name}.partial")
   partial.write_bytes(data)
   os.replace(partial, path)
@@ -217,7 +240,8 @@ def _array(values: Any) -> np.ndarray:
   return np.array(values, dtype=float)
 
 
-def _cost_scale(results: dict) -> tuple[float, str]:
+def cost_scale(results: dict) -> tuple[float, str]:
+  """(divisor, unit) in which the largest of results["macs"] reads well."""
   most = max(results["macs"])
   for scale, word in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
     if most >= scale:
@@ -225,20 +249,22 @@ def _cost_scale(results: dict) -> tuple[float, str]:
   return 1.0, "MACs"
 
 
-def _exit_colors(num_exits: int) -> np.ndarray:
+def exit_colors(num_exits: int) -> np.ndarray:
+  """[K 4] colours of the exits, first to last."""
   import matplotlib
   return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, num_exits))
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+  """An empty figure of that many inches, of no window."""
   from matplotlib.figure import Figure
   return Figure(figsize=(width, height), layout="constrained")
 
 
 def draw_curves(results: dict):
   """Accuracy against cost: each exit alone, and early exits at each q."""
-  scale, unit = _cost_scale(results)
-  figure = _figure(7.5, 4.4)
+  scale, unit = cost_scale(results)
+  figure = new_figure(7.5, 4.4)
   axes = figure.add_subplot()
   points = _array(sorted((entry["macs"] / scale, 100 * entry["accuracy"])
                          for entry in results["budgeted"]))
@@ -248,7 +274,7 @@ def draw_curves(results: dict):
   accuracy = [100 * entry["accuracy"] for entry in results["anytime"]]
   axes.plot(macs, accuracy, "o-", color="#9aa0a6", zorder=1,
             label="anytime: every image leaves at one exit")
-  axes.scatter(macs, accuracy, s=55, color=_exit_colors(len(macs)),
+  axes.scatter(macs, accuracy, s=55, color=exit_colors(len(macs)),
                edgecolor="white", zorder=3)
   for k, point in enumerate(zip(macs, accuracy, strict=True), 1):
     axes.annotate(f"{k}", point, (0, -7), textcoords="offset points",
@@ -272,10 +298,10 @@ def draw_exits(results: dict):
   q = _array([entry["q"] for entry in budgeted])
   shares = 100 * _array([entry["exits"] for entry in budgeted])  # [Q K]
   width = np.diff(q).min() if len(q) > 1 else 0.05
-  figure = _figure(7.5, 3.6)
+  figure = new_figure(7.5, 3.6)
   axes = figure.add_subplot()
   below = np.zeros(len(q))
-  for k, color in enumerate(_exit_colors(shares.shape[1])):
+  for k, color in enumerate(exit_colors(shares.shape[1])):
     axes.bar(q, shares[:, k], width * 0.92, bottom=below, color=color,
              label=f"exit {k + 1}")
     below += shares[:, k]
@@ -299,7 +325,7 @@ def draw_weights(lines: list[dict]):
   num_exits = len(lines[0]["mean_weight"])
   rows = math.ceil(num_exits / 4)
   columns = math.ceil(num_exits / rows)
-  figure = _figure(max(2.1 * columns + 1.2, 4.5), 2.3 * rows + 0.9)
+  figure = new_figure(max(2.1 * columns + 1.2, 4.5), 2.3 * rows + 0.9)
   panels = figure.subplots(
     rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
   epochs = [line["epoch"] for line in lines]
@@ -390,7 +416,7 @@ def estimator_table(lines: list[dict]) -> str:
 def draw_latency(latency: dict):
   """Measured speed-up over the full network against the promise of MACs."""
   batches = sorted({row["batch"] for row in latency["rows"]})
-  figure = _figure(7.5, 3.8)
+  figure = new_figure(7.5, 3.8)
   panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
   for axes, batch in zip(panels, batches, strict=True):
     rows = [row for row in latency["rows"] if row["batch"] == batch]
@@ -431,7 +457,7 @@ def _way(row: dict) -> str:
 def draw_samples(samples: dict[str, np.ndarray], num_exits: int):
   """The first test images that leave at the first and at the last exit."""
   ends = sorted({0, num_exits - 1})
-  figure = _figure(7.5, 2.7 * len(ends))
+  figure = new_figure(7.5, 2.7 * len(ends))
   groups = figure.subfigures(len(ends), 1, squeeze=False).ravel()
   names = [str(name)[:12] for name in samples["class_names"]]
   brightest = max(int(samples["images"].max(initial=0)), 1)
@@ -459,7 +485,7 @@ def draw_training(metrics: dict[str, list[dict]], num_exits: int):
 
   Many steps are drawn as means over runs of consecutive ones.
   """
-  figure = _figure(9.0, 3.6)
+  figure = new_figure(9.0, 3.6)
   losses, accuracy = figure.subplots(1, 2)
   for name, color in (("train_loss", INK), ("meta_loss", ACCENT)):
     points = _array([(line["epoch"], line[name]) for line in metrics["train"]
@@ -472,7 +498,7 @@ def draw_training(metrics: dict[str, list[dict]], num_exits: int):
       losses.legend()
   losses.set(title="Losses", xlabel="epoch", ylabel="sum over exits (nats)")
   epoch = [line["epoch"] for line in metrics["evaluate"]]
-  for k, color in enumerate(_exit_colors(num_exits)):
+  for k, color in enumerate(exit_colors(num_exits)):
     percent = [100 * line["accuracy"][k] for line in metrics["evaluate"]]
     accuracy.plot(epoch, percent, ".-", color=color, label=f"exit {k + 1}")
   accuracy.set(title="Accuracy on the calibration split", xlabel="epoch",
@@ -482,7 +508,8 @@ def draw_training(metrics: dict[str, list[dict]], num_exits: int):
   return figure
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> str:
+def table(head: list[str], rows: list[list[Any]]) -> str:
+  """An HTML table; cells are escaped."""
   lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
   lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row)
             for row in rows]
@@ -490,7 +517,8 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
   return f'<div class="scroll"><table>\n{body}\n</table></div>'
 
 
-def _picture(name: str, caption: str) -> str:
+def picture(name: str, caption: str) -> str:
+  """A picture beside the page, as HTML."""
   return (f'<figure><img src="{name}" alt="{escape(caption)}">'
           f"<figcaption>{escape(caption)}</figcaption></figure>")
 
@@ -530,8 +558,8 @@ def _cards(results: dict) -> str:
 
 
 def _anytime_table(results: dict) -> str:
-  scale, unit = _cost_scale(results)
-  return _table(
+  scale, unit = cost_scale(results)
+  return table(
     ["exit", unit, "parameters to here", "calibration accuracy",
      "test accuracy"],
     [[entry["exit"], f"{entry['macs'] / scale:.3f}", f"{params:,}",
@@ -541,10 +569,10 @@ def _anytime_table(results: dict) -> str:
 
 
 def _budgeted_table(results: dict) -> str:
-  scale, unit = _cost_scale(results)
+  scale, unit = cost_scale(results)
   # Of q = 1/20, 2/20, ..., every fifth: 0.25, 0.5, ...
   entries = results["budgeted"][4::5] or results["budgeted"]
-  return _table(
+  return table(
     ["q", f"mean {unit}", "calibration accuracy", "test accuracy",
      "leaving at each exit (%)", "confidence to leave at each exit"],
     [[f"{entry['q']:g}", f"{entry['macs'] / scale:.3f}",
@@ -557,9 +585,9 @@ def _early_exit_sections(results: dict) -> str:
   """The chosen operating point, dominating thresholds and calibration."""
   if "chosen" not in results:
     return ""
-  scale, unit = _cost_scale(results)
+  scale, unit = cost_scale(results)
   chosen = results["chosen"]
-  by_exit = _table(
+  by_exit = table(
     ["exit", "leaving (%)", "their accuracy", "temperature",
      "calibration error", "after scaling"],
     [[k, f"{100 * share:.1f}",
@@ -572,13 +600,13 @@ def _early_exit_sections(results: dict) -> str:
   # The hundred most expensive of many classes.
   classes = sorted((entry for entry in chosen["classes"] if sum(entry["left"])),
                    key=lambda entry: -entry["macs"])[:100]
-  by_class = _table(
+  by_class = table(
     ["class", "accuracy", f"mean {unit}", "images leaving at each exit"],
     [[entry["class"], _percent(entry["accuracy"]),
       f"{entry['macs'] / scale:.3f}", " · ".join(map(str, entry["left"]))]
      for entry in classes])
   pairs = list(zip(results["budgeted"], results["dominating"], strict=True))
-  beyond = _table(
+  beyond = table(
     ["q", f"mean {unit}", "calibration accuracy", "test accuracy",
      f"searched: mean {unit}", "calibration accuracy", "test accuracy"],
     [[f"{family['q']:g}", *(cell for entry in (family, found) for cell in (
@@ -610,7 +638,7 @@ def _latency_section(latency: dict | None) -> str:
   if latency is None:
     return ""
   device = latency["device"]
-  table = _table(
+  rows = table(
     ["batch", "run", "point", "calls", "million MACs", "p50 (ms)", "p95 (ms)",
      "images/s", "times as fast", "by MACs"],
     [[row["batch"], _way(row), row["point"], row["calls"],
@@ -618,12 +646,12 @@ def _latency_section(latency: dict | None) -> str:
       f"{row['p95_ms']:.3f}", f"{row['images_per_second']:,.0f}",
       f"{row['speedup']:.2f}", f"{row['speedup_by_macs']:.2f}"]
      for row in latency["rows"]])
-  picture = _picture(
+  drawn = picture(
     "latency.png", "Measured on the test images, against what the simulated "
     "mean MACs promise.")
   return (f"<h2>Latency</h2>\n<p>On {escape(device['kind'])} "
           f"({escape(device['platform'])}), after step {latency['step']:,}; "
-          f"times are of whole calls.</p>\n{picture}\n{table}")
+          f"times are of whole calls.</p>\n{drawn}\n{rows}")
 
 
 def render_page(config: dict, results: dict, q: float,
@@ -632,7 +660,7 @@ def render_page(config: dict, results: dict, q: float,
   """The page as HTML; `q` is that of the sample pictures."""
   count = results["samples"]
   if has_weights:
-    weights = _picture(
+    weights = picture(
       "weights.png", "Mean weight of the training samples in each loss bin. "
       "The last bin also holds all larger losses. The grey line is weight 1, "
       "plain training.")
@@ -641,16 +669,16 @@ def render_page(config: dict, results: dict, q: float,
                "weights to show.</p>")
   else:
     weights = "<p>metrics.jsonl holds no line of kind weights to show.</p>"
-  curves = _picture(
+  curves = picture(
     "curves.png", "Anytime prediction stops every image at the same exit. "
     "Budgeted classification lets each image leave at the first exit that is "
     "confident enough; q sets how many are meant to leave where.")
-  exits = _picture(
+  exits = picture(
     "exits.png", f"Thresholds were chosen on the {_chosen_on(results)} split.")
-  pictured = _picture(
+  pictured = picture(
     "samples.png", "The first test images to leave at either end at "
     f"q = {q:g}. A wrong prediction is red: label → prediction.")
-  training = _picture(
+  training = picture(
     "training.png", "Losses of the training batches, and accuracy of each exit "
     "on the calibration split.")
   settings = json.dumps(

@@ -2,6 +2,8 @@
 
 A block of steps is one dispatch: batches are made, and metrics collected, inside
 the compiled loop, and the metrics of a block are fetched while the next one runs.
+How many steps a block has follows from how long one takes, and changes nothing
+else.
 """
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import checkpoint, diagnostics, evaluate, models, parallel
+from l2w_jax import checkpoint, diagnostics, evaluate, models, parallel, weighting
 from l2w_jax import config as config_lib
 from l2w_jax.data import feeds, order, resident, sources
 from l2w_jax.metrics_log import MetricsLog
@@ -27,7 +29,8 @@ from l2w_jax.progress import Progress
 from l2w_jax.train_state import TrainState, abstract_state, init_state
 from l2w_jax.train_step import learning_rates, step_body
 
-BLOCK = 50  # most steps under one dispatch, of any feed
+BLOCK = 50  # most steps under one dispatch
+BLOCK_SECONDS = 2.0  # about; fewer steps for slow ones, so that progress shows
 LOSS_BINS = 20  # of the weights-against-loss picture, up to 2·ln C nats
 
 
@@ -35,7 +38,7 @@ class Block(NamedTuple):
   """What a block of steps reports.
 
   scalars: {name: [BLOCK 2]}, one row per step and one entry per half.
-  weight_sum, weight_count: [K M] over the block, by exit and loss bin.
+  weight_sum, weight_count: [BLOCK K M], by exit and loss bin.
   """
   scalars: dict[str, Array]
   weight_sum: Array
@@ -55,7 +58,7 @@ def make_block_fn(
   The state is donated. Data is what a feed gives for the first of the steps, n is
   replicated over the devices.
   """
-  devices = parallel.collectives(num_devices)
+  devices = parallel.collectives(num_devices, config.sync)
   step = step_body(
       backbone, config, steps_per_epoch=steps_per_epoch, devices=devices)
   batch_fn = make_batch_fn(config, key, devices)
@@ -71,15 +74,16 @@ def make_block_fn(
     weights = metrics["weights"][..., None]
     return state, Block(
         {name: block.scalars[name].at[i].set(metrics[name]) for name in names},
-        block.weight_sum + (onehot * weights).sum((0, 1)),
-        block.weight_count + onehot.sum((0, 1)))
+        block.weight_sum.at[i].set((onehot * weights).sum((0, 1))),
+        block.weight_count.at[i].set(onehot.sum((0, 1))))
 
   def run(state: TrainState, data: PyTree, n: Int[Array, ""]):
-    empty = jnp.zeros((backbone.num_exits, LOSS_BINS))
+    empty = jnp.zeros((BLOCK, backbone.num_exits, LOSS_BINS))
     block = Block({name: jnp.zeros((BLOCK, 2)) for name in names}, empty, empty)
     state, block = jax.lax.fori_loop(
         0, n, lambda i, carry: one(i, carry, data), (state, block))
-    mean_sum, mean_count = devices.mean((block.weight_sum, block.weight_count))
+    mean_sum, mean_count = devices.mean_of_all(
+        (block.weight_sum, block.weight_count))
     return state, block._replace(
         weight_sum=mean_sum * num_devices, weight_count=mean_count * num_devices)
 
@@ -98,10 +102,14 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
   """
   num_devices = parallel.count_devices(config.num_devices)
   parallel.check_batch(
-      config.batch, num_devices, config_lib.estimator(config.meta.estimator)[1])
+      config.batch, num_devices,
+      config.microbatches * config_lib.estimator(config.meta.estimator)[1])
   dataset = sources.load(config.data)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
+  if config.method == "fixed":
+    weighting.check_exit_weights(
+        config.baseline.exit_weights, backbone.num_exits)
   loop = _Loop(workdir, config, dataset, backbone, num_devices)
   if parallel.is_writer():
     checkpoint.check_same_run(workdir, config)
@@ -177,15 +185,16 @@ class _Loop:
   def _blocks(self, run_block, state, feed, step, checkpoints):
     """Runs block after block; the report of one waits while the next runs."""
     self._reported_at = began = time.monotonic()
-    pending = None
+    pending, size = None, None
     every = self._config.diagnose.every
     if every and step == 0:
       began += self._diagnose(state, step)
     while step < self._total:
-      n = min(feed.block, self._steps_per_epoch - step % self._steps_per_epoch)
+      n = min(size or 1, self._steps_per_epoch - step % self._steps_per_epoch)
       if every:
         n = min(n, every - step % every)
       state, block = run_block(state, feed.data(step), self._count(n))
+      size = size or self._block_size(block, feed)
       if pending is not None:
         self._report(*pending)
       pending = step, n, parallel.first(block, self._num_devices)
@@ -208,6 +217,16 @@ class _Loop:
         checkpoints.save(
             step, parallel.first(state, self._num_devices),
             {"seconds": self._seconds, "complete": step == self._total})
+
+  def _block_size(self, block: Block, feed: feeds.Feed) -> int:
+    """How many steps take about BLOCK_SECONDS, by one that is running."""
+    if not feed.whole:
+      return 1
+    jax.block_until_ready(block)
+    seconds = time.monotonic() - self._reported_at
+    # The processes of a run take the same steps together.
+    return parallel.from_writer(
+        min(BLOCK, max(1, int(BLOCK_SECONDS / seconds))))
 
   def _due(self, step: int, every: int) -> bool:
     """Whether something done every `every` epochs, and at the end, is due."""
@@ -235,15 +254,15 @@ class _Loop:
                if np.isfinite(rows[i])},
             "images_per_second": speed})
     done = step + n
-    # What one resident block holds, a streaming feed gives in many.
-    if step % self._steps_per_epoch % BLOCK == 0:
-      self._weights = (0, 0)
-    self._weights = (self._weights[0] + block.weight_sum,
-                     self._weights[1] + block.weight_count)
+    for i in range(n):
+      if (step + i) % self._steps_per_epoch % BLOCK == 0:
+        self._weights = (0, 0)
+      self._weights = (self._weights[0] + block.weight_sum[i],
+                       self._weights[1] + block.weight_count[i])
     self._progress.update(done, {
         **{name: rows[-1] for name, rows in means.items()},
         "epoch": math.ceil(done / self._steps_per_epoch)})
-    if self._config.method == "l2w" and self._due(
+    if self._config.method != "uniform" and self._due(
         done, self._config.log.weights_every):
       self._write_weights(done, *self._weights)
 

@@ -2,12 +2,15 @@
 
 A loader batch of 2B images is two half steps: half 1 trains and half 2 is the
 meta half, then the roles swap. Each half step is Eqs. 7, 8, 9 of `meta` for the
-method "l2w", and one plain SGD step on the sum of exit losses for "uniform".
+method "l2w", and one plain SGD step on the sum of exit losses for "uniform" and
+the other baselines, which change its weights, its losses or its gradient.
 
 Over D devices every mean is global: BatchNorm statistics, centring over batch or
 all, the ranking and allocation of meta samples, the pseudo update and all
-gradients are those of the whole half, so D devices give what one gives. (The
-released code keeps all of them but the real gradient per GPU.)
+gradients are those of the whole half, so D devices give what one gives. With
+`sync="local"` each device does all of that by itself, as the released code does on
+each GPU; the mean over devices is then taken of the gradients of Eqs. 8 and 9 and
+of what is left of the forward pass at Θ, its running statistics and losses.
 """
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import allocation, meta, weighting
+from l2w_jax import allocation, meta, microbatches, weighting
 from l2w_jax import config as config_lib
 from l2w_jax import losses as losses_lib
-from l2w_jax.models import wpn
+from l2w_jax.models import equilibrium, wpn
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.parallel import ONE_DEVICE, Collectives
 from l2w_jax.train_state import TrainState, adam, apply_updates, sgd
@@ -67,10 +70,12 @@ def step_body(
     size = batch["label"].shape[0]
     if size % 2 == 0:
       halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
-      swapped = jax.tree.map(lambda x: x[::-1], halves)
-      state, metrics = jax.lax.scan(
-          lambda state, halves: half_step(state, *halves), state,
-          (halves, swapped))
+
+      def one(state, h):
+        return half_step(state, jax.tree.map(lambda x: x[h], halves),
+                         jax.tree.map(lambda x: x[1 - h], halves))
+
+      state, metrics = jax.lax.scan(one, state, jnp.arange(2))
     else:
       first = jax.tree.map(lambda x: x[:(size + 1) // 2], batch)
       second = jax.tree.map(lambda x: x[(size + 1) // 2:], batch)
@@ -91,8 +96,8 @@ def half_step_body(
   Learning rates are those of `state.step`, which counts loader batches and so
   is left as it is.
   """
-  half_steps = {"l2w": _l2w_half_step, "uniform": _uniform_half_step}
-  half_step = half_steps[config.method](backbone, config, devices)
+  make = _l2w_half_step if config.method == "l2w" else _plain_half_step
+  half_step = make(backbone, config, devices)
   learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
 
   def run(state: TrainState, train_half: Batch, meta_half: Batch):
@@ -129,21 +134,6 @@ def inner_sgd_step(
   return apply_updates(state.params, updates, learning_rate)
 
 
-def _parts(half: Batch, num_parts: int) -> Batch:
-  """[T B/T …]: the half cut in T, sample i into part i mod T.
-
-  So the parts are the same images on any number of devices.
-  """
-  size = half["label"].shape[0]
-  if size % num_parts:
-    raise ValueError(
-        f"config.meta.estimator='unroll:{num_parts}' cuts a half in {num_parts} "
-        f"equal parts, which {size} samples per device do not allow; change the "
-        "batch or T")
-  return jax.tree.map(lambda x: x.reshape(
-      size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1), half)
-
-
 def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
   """SGD on the backbone; keeps this forward pass's running statistics."""
   updates, opt_state = optimizer.update(
@@ -153,36 +143,78 @@ def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
       batch_stats=batch_stats, opt_state=opt_state)
 
 
-def _train_losses(backbone, config, devices, batch_stats, half):
-  """Params -> (losses [B K], (running statistics, confidence [B K]))."""
-  def losses_fn(params):
+def _forward(backbone, devices, batch_stats, losses_of):
+  """(Θ, half) -> (losses [B K], (running statistics, confidence [B K]))."""
+  def forward(params, half):
     logits, new_stats = backbone.apply(
         {"params": params, "batch_stats": batch_stats}, half["image"],
         train=True, axis_name=devices.axis_name)
-    losses = losses_lib.cross_entropy(
-        logits, half["label"], config.label_smoothing)
+    losses = losses_of(logits, half["label"])
     return losses, (new_stats, losses_lib.confidence(logits))
 
-  return losses_fn
+  return forward
+
+
+def _train_losses(config):
+  """(logits [B K C], labels [B]) -> losses [B K] that training minimises."""
+  if config.method == "distill":
+    return functools.partial(
+        losses_lib.self_distillation, label_smoothing=config.label_smoothing,
+        share=config.baseline.distill,
+        temperature=config.baseline.temperature)
+  return functools.partial(
+      losses_lib.cross_entropy, label_smoothing=config.label_smoothing)
 
 
 def _train_loss(weights, losses, devices):
-  return devices.mean((weights * losses).mean(axis=0).sum())
+  return devices.mean_of_all((weights * losses).mean(axis=0).sum())
 
 
-def _uniform_half_step(backbone, config, devices):
-  """Plain SGD on Σ_k mean_i ℓ[i,k], at the cost of one forward and backward."""
+def _given_weights(config, devices):
+  """(losses [B K], step) -> weights [B K] of the methods that learn none."""
+  def centred(output):
+    return weighting.sample_weights(
+        devices.own(output), config.meta.epsilon, config.meta.center_over,
+        devices.mean)
+
+  def random(losses, step):
+    # Both halves of a loader batch get the same draw, for other images.
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    return centred(weighting.random_output(
+        jax.random.fold_in(key, 0), devices.gather(losses)))
+
+  return {
+      "fixed": lambda losses, step: weighting.fixed(
+          losses, config.baseline.exit_weights),
+      "random": random,
+      "easy_early": lambda losses, step: centred(
+          weighting.easy_early_output(devices.gather(losses))),
+  }.get(config.method, lambda losses, step: jnp.ones_like(losses))
+
+
+def _plain_half_step(backbone, config, devices):
+  """Plain SGD on Σ_k mean_i w[i,k] ℓ[i,k], at the cost of a forward and backward.
+
+  The weights are 1, but for the methods that have weights of their own.
+  """
   optimizer = sgd(config.optimizer)
+  weights_fn = _given_weights(config, devices)
+  factors = (equilibrium.factors(backbone.module, backbone.image_shape)
+             if config.method == "equilibrium" else None)
 
   def half_step(state, train_half, unused_half, learning_rate,
                 unused_wpn_rate, unused_update_wpn):
-    losses_fn = _train_losses(
-        backbone, config, devices, state.batch_stats, train_half)
+    forward = _forward(
+        backbone, devices, state.batch_stats, _train_losses(config))
     losses, pull, (batch_stats, _) = jax.vjp(
-        losses_fn, state.params, has_aux=True)
-    weights = jnp.ones_like(losses)
-    gradient = devices.mean(meta.backbone_gradient(pull, weights))
-    state = _real_step(optimizer, state, gradient, batch_stats, learning_rate)
+        microbatches.in_reverse(forward, train_half, config.microbatches),
+        state.params, has_aux=True)
+    weights = weights_fn(losses, state.step)
+    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
+    if factors is not None:
+      gradient = jax.tree.map(jnp.multiply, gradient, factors)
+    state = _real_step(optimizer, state, gradient, devices.across(batch_stats),
+                       learning_rate)
     return state, {"train_loss": _train_loss(weights, losses, devices),
                    "weights": weights, "losses": losses}
 
@@ -193,6 +225,7 @@ def _l2w_half_step(backbone, config, devices):
   """Eqs. 7, 8 and 9 on one pair of halves."""
   optimizer, wpn_optimizer = sgd(config.optimizer), adam(config.meta)
   proportions = allocation.proportions(config.meta.q, backbone.num_exits)
+  allocate = allocation.OBJECTIVES[config.meta.objective]
   name, num_parts = config_lib.estimator(config.meta.estimator)
   wpn_gradient = meta.ESTIMATORS[name]
 
@@ -203,12 +236,14 @@ def _l2w_half_step(backbone, config, devices):
 
   def half_step(state, train_half, meta_half, learning_rate,
                 wpn_learning_rate, update_wpn):
-    losses_fn = _train_losses(
-        backbone, config, devices, state.batch_stats, train_half)
+    forward = _forward(
+        backbone, devices, state.batch_stats, _train_losses(config))
     # The one forward pass at Θ; `pull` serves Eqs. 7 and 9.
     losses, pull, (batch_stats, confidence) = jax.vjp(
-        losses_fn, state.params, has_aux=True)
+        microbatches.in_reverse(forward, train_half, config.microbatches),
+        state.params, has_aux=True)
     features = weighting.features(losses, confidence, config.meta.inputs)
+    train_losses = microbatches.forwards(forward, train_half, config.microbatches)
 
     def sgd_step(gradient):
       return inner_sgd_step(optimizer, state, gradient, learning_rate)
@@ -216,8 +251,7 @@ def _l2w_half_step(backbone, config, devices):
     def inner_step(phi, before, part):
       params, opt_state = before
       losses, pull, (_, confidence) = jax.vjp(
-          _train_losses(backbone, config, devices, state.batch_stats, part),
-          params, has_aux=True)
+          functools.partial(forward, half=part), params, has_aux=True)
       weights = weights_of(phi, weighting.attached_features(
           losses, confidence, config.meta.inputs))
       gradient = devices.mean(meta.backbone_gradient(pull, weights))
@@ -225,13 +259,12 @@ def _l2w_half_step(backbone, config, devices):
       return apply_updates(params, updates, learning_rate), opt_state
 
     def meta_loss_fn(pseudo_params):
-      logits, _ = backbone.apply(
-          {"params": pseudo_params, "batch_stats": state.batch_stats},
-          meta_half["image"], train=True, axis_name=devices.axis_name)
-      meta_losses = losses_lib.cross_entropy(logits, meta_half["label"])
-      everyone = devices.gather(jax.lax.stop_gradient(
-          losses_lib.confidence(logits)))
-      allocated = allocation.allocate(everyone, proportions)
+      meta_losses, (_, confidence) = microbatches.in_reverse(
+          _forward(backbone, devices, state.batch_stats,
+                   losses_lib.cross_entropy), meta_half,
+          config.microbatches)(pseudo_params)
+      everyone = devices.gather(jax.lax.stop_gradient(confidence))
+      allocated = allocate(everyone, proportions)
       meta_loss = devices.num_devices * allocation.meta_loss(
           meta_losses, devices.own(allocated), allocated.sum(axis=0))
       return meta_loss, devices.own(allocated)
@@ -239,10 +272,11 @@ def _l2w_half_step(backbone, config, devices):
     def updated_wpn():
       (meta_loss, allocated), gradient = wpn_gradient(
           state.wpn_params, meta.LookAhead(
-              state.params, lambda params: losses_fn(params)[0], pull,
+              state.params, lambda params: train_losses(params)[0], pull,
               lambda phi: weights_of(phi, features), sgd_step, meta_loss_fn,
-              devices.mean, state.opt_state, _parts(train_half, num_parts),
-              inner_step))
+              devices.mean, state.opt_state,
+              microbatches.cut(train_half, num_parts), inner_step))
+      meta_loss, gradient = devices.across((meta_loss, gradient))
       updates, wpn_opt_state = wpn_optimizer.update(
           gradient, state.wpn_opt_state, state.wpn_params)
       wpn_params = apply_updates(state.wpn_params, updates, wpn_learning_rate)
@@ -263,8 +297,9 @@ def _l2w_half_step(backbone, config, devices):
         else jax.lax.cond(update_wpn, updated_wpn, kept_wpn))
 
     weights = weights_of(wpn_params, features)
-    gradient = devices.mean(meta.backbone_gradient(pull, weights))
-    state = _real_step(optimizer, state, gradient, batch_stats, learning_rate)
+    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
+    state = _real_step(optimizer, state, gradient, devices.across(batch_stats),
+                       learning_rate)
     state = state.replace(wpn_params=wpn_params, wpn_opt_state=wpn_opt_state)
     return state, metrics | {
         "train_loss": _train_loss(weights, losses, devices),

@@ -19,23 +19,26 @@ CONFIG = str(ROOT / "configs/digits.py")
 def measured(tmp_path_factory):
   """A finished benchmark's file and what it printed."""
   path = tmp_path_factory.mktemp("benchmark") / "results.json"
-  was = jax.config.jax_enable_compilation_cache
+  was = {name: getattr(jax.config, name) for name in (
+      "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
   patch = pytest.MonkeyPatch()
   # Peaks are those of the machine, and take longer than all the rest.
   patch.setattr(benchmark, "peaks", lambda: {
       "matrix_product": 2e9, "convolution": 1e9})
   overrides = {**TINY, "batch": 8}
   results = benchmark.run(CONFIG, overrides, path, remat=False,
-                          compile_only=False, rounds=2)
+                          rounds=2)
   yield path, overrides, results
   patch.undo()
-  jax.config.update("jax_enable_compilation_cache", was)
+  for name, value in was.items():
+    jax.config.update(name, value)
 
 
 def test_every_figure_is_stored(measured):
   path, _, results = measured
   assert json.loads(path.read_text()) == results
-  assert set(results["compiled"]) == {"forward", *benchmark.STEPS}
+  assert set(results["compiled"]) == {
+      "forward", benchmark.HALF, *benchmark.STEPS}
   for facts in results["compiled"].values():
     assert min(facts[name] for name in (
         "flops", "temporary_bytes", "compile_seconds")) > 0
@@ -64,7 +67,7 @@ def test_what_is_stored_is_not_measured_again(measured, compilations):
   path, overrides, results = measured
   before = compilations()
   again = benchmark.run(CONFIG, overrides, path, remat=False,
-                        compile_only=False, rounds=2)
+                        rounds=2)
   assert again == json.loads(json.dumps(results))
   assert compilations() == before
 
@@ -75,3 +78,31 @@ def test_results_of_something_else_are_not_overwritten(measured, capsys):
     benchmark.main([CONFIG, f"--out={path}", "--set", "batch=10"])
   assert leave.value.code == 2
   assert "name another file" in capsys.readouterr().err
+
+
+def test_pytorch_takes_the_same_step(tmp_path):
+  pytest.importorskip("torch")
+  was = jax.config.jax_enable_x64
+  jax.config.update("jax_enable_x64", True)
+  try:
+    program = benchmark.Program(
+        CONFIG, {**TINY, "batch": 16, **benchmark.STEPS["l2w"]})
+    pytorch = benchmark.PyTorch(
+        program, benchmark.random_batch(program.config))
+    differences = pytorch.differences()
+    seconds = [pytorch.run(name) for name in benchmark.PYTORCH.values()]
+    pytorch.close()
+  finally:
+    jax.config.update("jax_enable_x64", was)
+  assert len(differences) == 10
+  # Rounding in float64, through a network of a dozen layers.
+  assert max(differences.values()) < 1e-12
+  assert min(seconds) > 0
+
+
+@pytest.mark.parametrize("change", [
+    {"meta.inputs": "both"}, {"label_smoothing": 0.1}])
+def test_what_pytorch_is_not_written_for(tmp_path, change):
+  (key, value), = change.items()
+  with pytest.raises(ValueError, match=f"{key}=.*not {value!r}"):
+    benchmark.run(CONFIG, change, tmp_path / "x.json", pytorch=True)

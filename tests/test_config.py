@@ -134,7 +134,7 @@ def test_ints_for_floats_and_lists_for_tuples_are_accepted(key, value):
     ("meta.epsilon", 1.1, "at most 1, got 1.1"),
     ("meta.center_over", "col", "one of 'exits', 'batch', 'all', got 'col'"),
     ("meta.inputs", "conf", "one of 'loss', 'confidence', 'both', got 'conf'"),
-    ("method", "sgd", "one of 'l2w', 'uniform', got 'sgd'"),
+    ("method", "sgd", "one of 'l2w', 'uniform', .*got 'sgd'"),
     ("model.name", "resnet", "unknown model 'resnet'.*'msdnet'"),
     ("model.stem", "mnist", "one of 'cifar', 'imagenet'"),
     ("model.growth_factors", (), "a tuple of whole numbers"),

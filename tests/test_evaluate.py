@@ -168,3 +168,14 @@ def test_without_a_checkpoint_there_is_one_clear_error(tmp_path, tiny_config):
   with pytest.raises(ValueError, match="has no checkpoint yet; train it first"):
     evaluate.evaluate(tmp_path, tiny_config)
   assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_the_test_split_give_the_accuracies(finished):
+  results = json.loads((finished.workdir / "results.json").read_text())
+  with np.load(finished.workdir / "scores.npz") as scores:
+    assert scores["confidence"].shape == scores["correct"].shape == (360, 2)
+    assert scores["confidence"].dtype == np.float32
+    assert scores["correct"].dtype == bool
+    np.testing.assert_allclose(
+        scores["correct"].mean(0),
+        [row["accuracy"] for row in results["anytime"]], rtol=1e-6)

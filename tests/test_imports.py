@@ -9,7 +9,7 @@ HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "matplotlib", "torch",
          "tensorboardX", "cv2")
 # From the bottom up; those on one line do not import each other.
 ORDER = """
-    config parallel losses weighting allocation meta progress deferral
+    config parallel losses weighting allocation meta microbatches progress deferral
     command compile_cache exit_policy
     exit_targets temperature
     models
@@ -19,6 +19,7 @@ ORDER = """
     checkpoint
     diagnostics metrics_log
     report
+    comparison
     evaluate
     convert early_exit train
     export latency

@@ -127,7 +127,7 @@ def test_rematerialisation_changes_no_derivative():
 def test_batch_norm_is_pytorchs():
   """Biased variance normalises, the unbiased one is stored with weight 0.1."""
   x = np.random.default_rng(0).normal(2.0, 3.0, (4, 2, 2, 3))
-  norm = layers.BatchNorm()
+  norm = layers.BatchNorm(3)
   with jax.enable_x64(True):
     variables = {
         "params": {"scale": jnp.full(3, 1.5), "bias": jnp.full(3, 0.5)},
@@ -149,7 +149,7 @@ def test_batch_norm_is_pytorchs():
 
 
 def test_batch_norm_needs_two_values():
-  norm = layers.BatchNorm()
+  norm = layers.BatchNorm(3)
   x = jnp.zeros((1, 1, 1, 3))
   variables = norm.init(jax.random.key(0), x, layers.Mode())
   variables = jax.tree.map(

@@ -3,6 +3,7 @@
 CPU devices are virtual and their number is fixed when JAX starts, so the
 comparison is this file, run as a program with four of them.
 """
+import functools
 import json
 import os
 import pathlib
@@ -18,20 +19,25 @@ from toy import LinearExits
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import evaluate, parallel, train
+from l2w_jax import evaluate, parallel, train, train_step, weighting
+from l2w_jax import losses as losses_lib
 from l2w_jax.data import order, resident, sources
+from l2w_jax.models import wpn
+from l2w_jax.train_state import adam, apply_updates, sgd
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, NUM_TRAIN = 2, 16, 40
 # What is planted in the source of the step, and where a device then errs.
 REAL_GRADIENT = (
     "train_step",
-    "gradient = devices.mean(meta.backbone_gradient(pull, weights))\n"
-    "    state = _real_step(optimizer, state, gradient, batch_stats, "
-    "learning_rate)\n    state = state.replace(wpn_params",
-    "gradient = meta.backbone_gradient(pull, weights)\n"
-    "    state = _real_step(optimizer, state, gradient, batch_stats, "
-    "learning_rate)\n    state = state.replace(wpn_params")
+    "    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))\n"
+    "    state = _real_step(optimizer, state, gradient, devices.across("
+    "batch_stats),\n                       learning_rate)\n"
+    "    state = state.replace(wpn_params",
+    "    gradient = meta.backbone_gradient(pull, weights)\n"
+    "    state = _real_step(optimizer, state, gradient, devices.across("
+    "batch_stats),\n                       learning_rate)\n"
+    "    state = state.replace(wpn_params")
 BUGS = {
     "real gradient not averaged": REAL_GRADIENT,
     "pseudo gradient not averaged": (
@@ -46,12 +52,12 @@ BUGS = {
         "weighting", "mean = average(output.mean(keepdims=True))",
         "mean = output.mean(keepdims=True)"),
     "allocated on each device": (
-        "train_step", "everyone = devices.gather(jax.lax.stop_gradient(\n"
-        "          losses_lib.confidence(logits)))\n"
-        "      allocated = allocation.allocate(everyone, proportions)",
-        "own = jax.lax.stop_gradient(losses_lib.confidence(logits))\n"
+        "train_step", "everyone = devices.gather(jax.lax.stop_gradient("
+        "confidence))\n"
+        "      allocated = allocate(everyone, proportions)",
+        "own = jax.lax.stop_gradient(confidence)\n"
         "      allocated = devices.gather("
-        "allocation.allocate(own, proportions))"),
+        "allocate(own, proportions))"),
 }
 
 # The same of the other form of the meta-gradient.
@@ -62,7 +68,7 @@ V_NOT_AVERAGED = (
 
 # That parts are blocks of what a device has.
 PARTS_IN_ORDER = (
-    "train_step", "size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)",
+    "microbatches", "size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)",
     "num_parts, size // num_parts, *x.shape[1:])")
 
 # That each device normalises with its own statistics.
@@ -106,6 +112,38 @@ def make_msdnet() -> l2w_jax.models.Backbone:
   return l2w_jax.build_backbone(make_config().model, 10, (8, 8, 1))
 
 
+def make_ranet() -> l2w_jax.models.Backbone:
+  model = config_lib.defaults("ranet").model
+  model.update(
+      blocks=1, block_step=1, step=1, channels=4, growth=4, scales=(1, 2),
+      growth_factors=(2, 1), bottleneck_factors=(1, 1), classifier_width=4)
+  return l2w_jax.build_backbone(model, 10, (8, 8, 1))
+
+
+NETWORKS = {"msdnet": make_msdnet, "ranet": make_ranet}
+# All that has to agree: (network, center_over, meta.interval, microbatches).
+GRID = [(network, center_over, interval, 1) for network in NETWORKS
+        for center_over in ("exits", "batch", "all") for interval in (1, 2)
+        ] + [("msdnet", "all", 1, 2)]
+
+
+def compare_grid(cases, estimators=("grad", "jvp"), num_devices=(2, 4, 8)):
+  """Yields what five steps on each number of devices differ by from one."""
+  for network, center_over, interval, parts in cases:
+    config, backbone = make_config(center_over), NETWORKS[network]()
+    config.batch, config.microbatches = BATCH * parts, parts
+    config.meta.interval = interval
+    before = start(config, backbone)
+    one = run_steps(config, backbone, before, 1, steps=5)
+    for estimator in estimators:
+      config.meta.estimator = estimator
+      for n in num_devices:
+        yield {"network": network, "center_over": center_over,
+               "interval": interval, "microbatches": parts, "devices": n,
+               "estimator": estimator} | difference_of(
+                   *run_steps(config, backbone, before, n, steps=5), one)
+
+
 def start(config: ConfigDict, backbone):
   state = l2w_jax.init_state(jax.random.key(0), backbone, config)
   return jax.tree.map(
@@ -113,15 +151,16 @@ def start(config: ConfigDict, backbone):
       state)
 
 
-def run_steps(config: ConfigDict, backbone, state, num_devices: int):
-  """(replicas of the state [D ...], metrics) after two steps."""
+def run_steps(
+    config: ConfigDict, backbone, state, num_devices: int, steps: int = STEPS):
+  """(replicas of the state [D ...], metrics) after some steps."""
   with jax.enable_x64(True):
     run = train.make_block_fn(
         backbone, config, jax.random.key(1),
         order.steps_per_epoch(NUM_TRAIN, BATCH), num_devices)
     state, block = run(*(
         parallel.replicate(x, num_devices) for x in (
-            state, resident.arrays(make_dataset(config)), np.int32(STEPS))))
+            state, resident.arrays(make_dataset(config)), np.int32(steps))))
     if num_devices == 1:
       state = jax.tree.map(lambda x: x[None], state)
     block = parallel.first(block, num_devices)
@@ -129,20 +168,33 @@ def run_steps(config: ConfigDict, backbone, state, num_devices: int):
 
 
 def relative_difference(ours, theirs) -> float:
-  """The largest difference of an array, relative to its largest value."""
+  """The largest difference of an array, relative to its largest value.
+
+  Infinite unless NaN, of a WPN update left out, are at the same places.
+  """
+  def difference(a, b):
+    known = ~np.isnan(b)
+    if not np.array_equal(known, ~np.isnan(a)):
+      return np.inf
+    scale = max(np.max(np.abs(b), where=known, initial=0), 1e-300)
+    return float(np.max(np.abs(a - b), where=known, initial=0) / scale)
+
   return max(
-      float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-300))
-      for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs),
-                      strict=True) if a.dtype != bool and a.size)
+      difference(a, b) for a, b in zip(
+          jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+      if a.dtype != bool and a.size)
+
+
+def replicas_equal(state) -> bool:
+  return all(replica.tobytes() == x[0].tobytes()
+             for x in jax.tree.leaves(state) for replica in x)
 
 
 def difference_of(state, block, one) -> dict:
   """How far a run on many devices is from the one on one device."""
   one_state, one_block = one
   return {
-      "replicas_equal": all(
-          replica.tobytes() == x[0].tobytes()
-          for x in jax.tree.leaves(state) for replica in x),
+      "replicas_equal": replicas_equal(state),
       "state": relative_difference(*(
           jax.tree.map(lambda x: x[0], s) for s in (state, one_state))),
       "metrics": relative_difference(block, one_block)}
@@ -168,6 +220,76 @@ def compare_planted(bug, config, backbone, one) -> dict:
     return compare(config, backbone, [2], one)[1][0]
 
 
+def local_step(config: ConfigDict, backbone, state, num_shards: int):
+  """State after a step of `sync="local"`, written again for one device.
+
+  Up to its gradients, each shard of a half is a run of its own. Their means
+  update the WPN and then the backbone.
+  """
+  def mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / num_shards, *trees)
+
+  def shards(half):
+    return [jax.tree.map(lambda x, d=d: jnp.split(x, num_shards)[d], half)
+            for d in range(num_shards)]
+
+  with jax.enable_x64(True):
+    steps_per_epoch = order.steps_per_epoch(NUM_TRAIN, BATCH)
+    batch = jax.jit(resident.make_batch_fn(config, jax.random.key(1)))(
+        resident.arrays(make_dataset(config)), jnp.int32(0))
+    halves = [jax.tree.map(lambda x, h=h: jnp.split(x, 2)[h], batch)
+              for h in range(2)]
+    alone = jax.jit(train_step.half_step_body(
+        backbone, config, steps_per_epoch=steps_per_epoch))
+
+    @jax.jit
+    def real_gradient(state, half):
+      def loss(params):
+        logits, _ = backbone.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            half["image"], train=True)
+        losses = losses_lib.cross_entropy(logits, half["label"])
+        weights = weighting.sample_weights(
+            wpn.apply(state.wpn_params, jax.lax.stop_gradient(losses)),
+            config.meta.epsilon, config.meta.center_over)
+        return (jax.lax.stop_gradient(weights) * losses).mean(0).sum()
+
+      return jax.grad(loss)(state.params)
+
+    for train_half, meta_half in (halves, halves[::-1]):
+      runs = [alone(state, *pair) for pair in zip(
+          shards(train_half), shards(meta_half), strict=True)]
+      updates, wpn_opt_state = adam(config.meta).update(
+          mean([metrics["wpn_gradient"] for _, metrics in runs]),
+          state.wpn_opt_state, state.wpn_params)
+      state = state.replace(
+          wpn_opt_state=wpn_opt_state, wpn_params=apply_updates(
+              state.wpn_params, updates, config.meta.learning_rate))
+      updates, opt_state = sgd(config.optimizer).update(
+          mean([real_gradient(state, half) for half in shards(train_half)]),
+          state.opt_state, state.params)
+      state = state.replace(
+          opt_state=opt_state, params=apply_updates(
+              state.params, updates, config.optimizer.learning_rate),
+          batch_stats=mean([after.batch_stats for after, _ in runs]))
+    return jax.device_get(state.replace(step=state.step + 1))
+
+
+def compare_local(config: ConfigDict, backbone) -> dict:
+  """Two devices with sync="local" against `local_step`, and against global."""
+  before = start(config, backbone)
+  ours = local_step(config, backbone, before, 2)
+  config.sync = "local"
+  state, _ = run_steps(config, backbone, before, 2, steps=1)
+  config.sync = "global"
+  other, _ = run_steps(config, backbone, before, 2, steps=1)
+  first = functools.partial(jax.tree.map, lambda x: x[0])
+  return {
+      "replicas_equal": replicas_equal(state),
+      "state": relative_difference(first(state), ours),
+      "to_global": relative_difference(first(state), first(other))}
+
+
 def compare_scores(num_devices: int) -> bool:
   """Whether a split whose size no batch divides scores the same."""
   config, backbone = make_config(), Linear()
@@ -181,6 +303,18 @@ def compare_scores(num_devices: int) -> bool:
     # Batches of another size may be summed in another order.
     np.testing.assert_allclose(a, b, rtol=1e-5)
   return len(scores[1].confidence) == len(dataset.test.labels)
+
+
+def print_grid(cases, *arguments):
+  """A line for each case as it is done; the worst of all at the end."""
+  worst = {"state": 0.0, "metrics": 0.0, "replicas_equal": True, "cases": 0}
+  for result in compare_grid(cases, *arguments):
+    print(json.dumps(result), flush=True)
+    for name in ("state", "metrics"):
+      worst[name] = max(worst[name], result[name])
+    worst["replicas_equal"] &= result["replicas_equal"]
+    worst["cases"] += 1
+  print(json.dumps(worst))
 
 
 def main():
@@ -204,8 +338,9 @@ def main():
       PARTS_IN_ORDER, config, Linear(), one)
   config.meta.update(estimator="first_order", center_over="exits")
   one, results["linear first order"] = compare(config, Linear(), [2])
-  uniform = make_config(method="uniform")
-  _, results["linear uniform"] = compare(uniform, Linear(), [4])
+  for method in ("uniform", "random", "easy_early"):
+    _, results[f"linear {method}"] = compare(
+        make_config(method=method), Linear(), [4])
   for center_over, n in (("exits", 2), ("batch", 4), ("all", 4)):
     config = make_config(center_over)
     msdnet = make_msdnet()
@@ -215,30 +350,38 @@ def main():
     _, results[f"msdnet {center_over}"] = compare(config, msdnet, [n], one)
   results["BatchNorm"] = compare_planted(
       LOCAL_BATCH_NORM, config, make_msdnet(), one)
+  results["local linear"] = compare_local(make_config("all"), Linear())
+  results["local msdnet"] = compare_local(make_config("batch"), make_msdnet())
   print(json.dumps(results))
 
 
-@pytest.fixture(scope="module")
-def results():
+def run_program(num_devices: int, *arguments: str):
+  """What this file prints last with so many virtual devices."""
   # Compilation is most of the time; code that is optimised less still adds the
   # same float64 numbers. The last flag halves it, where this XLA has it.
-  flags = ["--xla_force_host_platform_device_count=4",
+  flags = [f"--xla_force_host_platform_device_count={num_devices}",
            "--xla_backend_optimization_level=0",
            "--xla_llvm_disable_expensive_passes=true",
            "--xla_cpu_use_fusion_emitters=false"]
   for given in (flags, flags[:-1]):
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": " ".join(given),
+        [sys.executable, __file__, *arguments], capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": " ".join(given),
                           "PYTHONPATH": str(ROOT)}, timeout=300)
     if "Unknown flag" not in done.stderr:
       break
   assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def results():
+  return run_program(4)
 
 
 @pytest.mark.parametrize(
     "case", ["linear exits", "linear batch", "linear all", "linear uniform",
+             "linear random", "linear easy_early",
              "linear exits jvp", "linear batch jvp", "linear all jvp",
              "linear unroll", "linear first order",
              "msdnet exits", "msdnet batch", "msdnet all"])
@@ -255,6 +398,23 @@ def test_devices_agree_with_one(results, case):
     *BUGS, "v not averaged", "parts in order", "BatchNorm"])
 def test_a_missing_collective_is_seen(results, bug):
   assert results[bug]["state"] > 1e-9
+
+
+@pytest.mark.slow
+def test_eight_devices_agree_with_one_for_five_steps():
+  worst = run_program(8, "some")
+  assert worst["cases"] == 2 and worst["replicas_equal"]
+  # Float64, five steps: rounding grows tenfold in them.
+  assert worst["state"] < 1e-12 and worst["metrics"] < 1e-12
+
+
+@pytest.mark.parametrize("network", ["linear", "msdnet"])
+def test_local_devices_are_shards_that_share_gradients(results, network):
+  result = results[f"local {network}"]
+  assert result["replicas_equal"]
+  # Float64: the same sums in another order, in one step.
+  assert result["state"] < 1e-12
+  assert result["to_global"] > 1e-6
 
 
 def test_replicas_part_where_the_real_gradient_is_not_averaged(results):
@@ -302,4 +462,11 @@ def test_no_more_devices_than_there_are():
 
 
 if __name__ == "__main__":
-  main()
+  # `python tests/test_parallel.py grid`, with XLA_FLAGS for 8 devices, compares all
+  # of GRID, both forms of the meta-gradient, on 2, 4 and 8 devices with one.
+  if sys.argv[1:] == ["grid"]:
+    print_grid(GRID)
+  elif sys.argv[1:] == ["some"]:
+    print_grid([("ranet", "all", 2, 1), ("msdnet", "all", 1, 2)], ["jvp"], [8])
+  else:
+    main()

@@ -48,6 +48,7 @@ def resumed(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(metrics_log.MetricsLog, "write", dying_write)
+    patch.setattr(train, "BLOCK_SECONDS", 0)  # one step under each dispatch
     with pytest.raises(Killed):
       train.train(workdir, config)
   path = workdir / "metrics.jsonl"

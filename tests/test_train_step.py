@@ -204,7 +204,7 @@ UNROLL_BUGS = {
         "train_step", "updates, opt_state = optimizer.update(gradient, opt_state, "
         "params)", "updates, _ = optimizer.update(gradient, opt_state, params)"),
     "parts in order": (
-        "train_step", "size // num_parts, num_parts, *x.shape[1:])"
+        "microbatches", "size // num_parts, num_parts, *x.shape[1:])"
         ".swapaxes(0, 1)", "num_parts, size // num_parts, *x.shape[1:])"),
 }
 
@@ -218,7 +218,7 @@ def test_planted_bug_of_the_unrolled_steps_is_seen(bug, monkeypatch):
 
 def test_parts_that_do_not_divide_a_half_are_refused():
   config = make_config(estimator="unroll:4")
-  with pytest.raises(ValueError, match="4 equal parts.*6 samples per device"):
+  with pytest.raises(ValueError, match="6 samples per device.*4 equal parts"):
     check_unrolled(config, 4)
 
 
@@ -228,12 +228,13 @@ def test_odd_batch_splits_into_ceil_and_rest():
 
 # What is planted: file, right text, wrong text. Each right text is unique.
 NAIVE = ("train_step",
-         "gradient = devices.mean(meta.backbone_gradient(pull, weights))\n"
-         "    state = _real_step(optimizer, state, gradient, batch_stats, "
-         "learning_rate)\n    state = state.replace(wpn_params",
+         "gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))\n"
+         "    state = _real_step(optimizer, state, gradient, devices.across("
+         "batch_stats),\n                       learning_rate)\n"
+         "    state = state.replace(wpn_params",
          """\
 def weighted(params):
-      losses, (_, confidence) = losses_fn(params)
+      losses, (_, confidence) = forward(params, train_half)
       f = weighting.features(losses, confidence, config.meta.inputs)
       return (weights_of(wpn_params, f) * losses).mean(0).sum()
 
@@ -262,8 +263,8 @@ BUGS = {
          "updates, _ = optimizer.update(gradient, state.opt_state, "
          "jax.tree.map(jnp.zeros_like, state.params))\n  return")],
     "statistics leak from the pseudo pass": [
-        ("train_step", "      logits, _ = backbone.apply(\n",
-         "      logits, leaked = backbone.apply(\n"),
+        ("train_step", "meta_losses, (_, confidence)",
+         "meta_losses, (leaked, confidence)"),
         ("train_step", "return meta_loss, devices.own(allocated)",
          "return meta_loss, (devices.own(allocated), leaked)"),
         ("train_step", "(meta_loss, allocated), gradient = wpn_gradient(",
@@ -294,7 +295,8 @@ BUGS = {
 
 def plant(monkeypatch, changes):
   """make_train_step of a copy of the package's source with changes in it."""
-  order = ["weighting", "allocation", "meta", "train_state", "train_step"]
+  order = ["weighting", "allocation", "meta", "microbatches", "train_state",
+           "train_step"]
   for name in order:
     original = importlib.import_module(f"l2w_jax.{name}")
     source = pathlib.Path(original.__file__).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 import jax
 import jax.numpy as jnp
 
+from l2w_jax.models import layers
 from l2w_jax.models.backbone import Backbone
 
 
@@ -22,3 +23,16 @@ class LinearExits(Backbone):
       mean = jax.lax.pmean(mean, axis_name)
     stats = {"mean": 0.9 * variables["batch_stats"]["mean"] + 0.1 * mean}
     return (logits, stats) if train else logits
+
+
+class NormalizedExits(LinearExits):
+  """Its logits are normalised over the batch, on all devices."""
+
+  def apply(self, variables, images, train=False, axis_name=None):
+    logits, stats = super().apply(variables, images, True, axis_name)
+    if not train:
+      return logits
+    rows = logits.reshape(len(logits), 1, 1, -1)
+    scale, bias = jnp.ones(rows.shape[-1]), jnp.zeros(rows.shape[-1])
+    (y,), _, _ = layers._normalize(axis_name, [rows], [scale], [bias])
+    return y.reshape(logits.shape), stats

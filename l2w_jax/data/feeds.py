@@ -1,8 +1,9 @@
 """The feed that a loop and an evaluation read from, whichever suits the images.
 
-A feed has `block`, the most steps under one dispatch; `data(step)`, the argument
-of the compiled block of steps that begins there; `make_batch_fn`, which says how
-the compiled step makes the batch {"image", "label"} of it; and `close()`.
+A feed has `data(step)`, the argument of the compiled block of steps that begins
+there; `whole`, whether that serves any step or this one alone; `make_batch_fn`,
+which says how the compiled step makes the batch {"image", "label"} of it; and
+`close()`.
 """
 from __future__ import annotations
 

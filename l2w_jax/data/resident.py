@@ -56,7 +56,7 @@ def make_batch_fn(
 class ResidentFeed:
   """The train split on the devices; see `feeds.make_feed`."""
 
-  block = 50  # steps under one dispatch; bounds how late metrics arrive
+  whole = True  # data serves any step
   make_batch_fn = staticmethod(make_batch_fn)
 
   def __init__(self, dataset: Dataset, num_devices: int):

@@ -55,7 +55,7 @@ class StreamingFeed:
     rows: of a loader batch that this process reads.
   """
 
-  block = 1  # steps under one dispatch
+  whole = False  # data serves one step
   make_batch_fn = staticmethod(make_batch_fn)
 
   def __init__(self, dataset: Dataset, config: ConfigDict, key: Array,

@@ -37,8 +37,8 @@ def build_backbone(
       name: tuple(value) if isinstance(value, (tuple, list)) else value
       for name, value in config.items()}
   del fields["name"]
-  remat = fields.pop("remat")
+  remat, dtype = fields.pop("remat"), fields.pop("dtype")
   # `init` is a method of every Flax module.
   fields["initializer"] = fields.pop("init")
   module = network(num_classes=num_classes, **fields)
-  return Backbone(module, num_classes, tuple(image_shape), remat)
+  return Backbone(module, num_classes, tuple(image_shape), remat, dtype)

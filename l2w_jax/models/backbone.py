@@ -46,6 +46,9 @@ class Backbone:
     module: the network, a Flax module with `num_exits` and `stage`.
     num_classes: C.
     image_shape: (H, W, channels) of the images it was checked and counted for.
+    dtype: of images and convolution kernels, "bfloat16" or "float32", which leaves
+      them as they are. Parameters, BatchNorm's arithmetic and statistics, the
+      classifiers' means and logits are float32 in both.
     remat: whether a derivative keeps only what passes from stage to stage, and
       computes the inside of each anew. Less memory, more operations.
   """
@@ -53,6 +56,7 @@ class Backbone:
   num_classes: int
   image_shape: tuple[int, int, int]
   remat: bool = False
+  dtype: str = "float32"
 
   @property
   def num_exits(self) -> int:
@@ -101,8 +105,8 @@ class Backbone:
       logits, and in training also the running statistics after this batch.
     """
     run = functools.partial(
-        self.module.apply, variables, images, Mode(train, axis_name),
-        self.remat, method=_all_stages)
+        self.module.apply, *self._cast(variables, images),
+        Mode(train, axis_name), self.remat, method=_all_stages)
     if not train:
       return run()
     logits, updated = run(mutable=["batch_stats"])
@@ -115,5 +119,17 @@ class Backbone:
 
     The carry of stage 0 is the images. Normalises with running statistics.
     """
+    # Later carries are activations, and have the dtype they need.
+    variables, carry = self._cast(variables, carry)
     return self.module.apply(
         variables, k, carry, method=self.module.stage)
+
+  def _cast(self, variables: Variables, images: PyTree):
+    """Variables and images in the dtypes that the layers compute with."""
+    if self.dtype == "float32":
+      return variables, images
+    params = jax.tree.map(
+        lambda x: x.astype(self.dtype) if x.ndim == 4 else x,
+        variables["params"])
+    return variables | {"params": params}, jax.tree.map(
+        lambda x: x.astype(self.dtype), images)

@@ -14,6 +14,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from l2w_jax.models import initializers
 from l2w_jax.models.conv import conv2d
+from l2w_jax.models.relu import relu
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1  # weight of the new batch; Flax would call this 0.9
@@ -58,8 +60,10 @@ class Conv(nn.Module):
     x, kernel = nn.dtypes.promote_dtype(x, kernel)
     if self.kernel == self.stride == 1:
       # The same numbers as a matrix product: XLA:CPU runs its backward pass
-      # two to four times faster than the convolution's.
-      return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+      # two to four times faster than the convolution's. Of rows, because it
+      # copies images to transpose them, and keeps the copies.
+      y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
+      return y.reshape(*x.shape[:-1], self.features)
     y = conv2d(x, kernel, self.stride)
     if self.use_bias:
       init = initializers.fan_in_uniform(self.kernel**2 * x.shape[-1])
@@ -68,33 +72,62 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation over B, H and W as PyTorch computes it."""
+  """Batch normalisation over B, H and W as PyTorch computes it.
 
-  @nn.compact
-  def __call__(self, x: Image, mode: Mode) -> Image:
-    shape = x.shape[-1:]
+  In the dtype of its parameters; the result is in that of the image.
+  """
+  features: int
+
+  def setup(self):
+    shape = (self.features,)
     zeros, ones = initializers.constant(0.0), initializers.constant(1.0)
-    scale = self.param("scale", ones, shape)
-    bias = self.param("bias", zeros, shape)
-    mean = self.variable("batch_stats", "mean", zeros, shape)
-    var = self.variable("batch_stats", "var", ones, shape)
-    if not mode.train:
-      factor = scale * jax.lax.rsqrt(var.value + BN_EPS)
-      return (x - mean.value) * factor + bias
-    count = _num_values(x, mode.axis_name)
-    y, batch_mean, batch_var = _normalize(mode.axis_name, x, scale, bias)
+    self.scale = self.param("scale", ones, shape)
+    self.bias = self.param("bias", zeros, shape)
+    self.mean = self.variable("batch_stats", "mean", zeros, shape)
+    self.var = self.variable("batch_stats", "var", ones, shape)
+
+  def __call__(self, x: Image, mode: Mode) -> Image:
+    if mode.train:
+      return batch_norms([self], [x], mode)[0]
+    factor = self.scale * jax.lax.rsqrt(self.var.value + BN_EPS)
+    return ((x - self.mean.value) * factor + self.bias).astype(x.dtype)
+
+  def keep(self, mean: Array, var: Array, count: int) -> None:
+    """Moves the running statistics to those of a batch of `count` values."""
     if not self.is_initializing():
-      unbiased = batch_var * (count / (count - 1))
-      mean.value += BN_MOMENTUM * (batch_mean - mean.value)
-      var.value += BN_MOMENTUM * (unbiased - var.value)
-    return y
+      unbiased = var * (count / (count - 1))
+      self.mean.value += BN_MOMENTUM * (mean - self.mean.value)
+      self.var.value += BN_MOMENTUM * (unbiased - self.var.value)
+
+
+def batch_norms(
+    norms: list[BatchNorm], images: list[Image], mode: Mode) -> list[Image]:
+  """Each of several images behind its own BatchNorm, in training.
+
+  Devices exchange the statistics of all in one message, and in one each time a
+  derivative is taken; waiting for it is what a message this small costs.
+  """
+  counts = [_num_values(x, mode.axis_name) for x in images]
+  results, means, variances = _normalize(
+      mode.axis_name,
+      [x.astype(norm.scale.dtype) for norm, x in zip(norms, images, strict=True)],
+      [norm.scale for norm in norms], [norm.bias for norm in norms])
+  for norm, *statistics in zip(norms, means, variances, counts, strict=True):
+    norm.keep(*statistics)
+  return [y.astype(x.dtype) for y, x in zip(results, images, strict=True)]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(axis_name: str | None, x: Image, scale: Array, bias: Array):
-  """(y, mean, biased variance) with the statistics of the batch."""
-  mean, var = _moments(x, axis_name)
-  return (x - mean) * (scale * jax.lax.rsqrt(var + BN_EPS)) + bias, mean, var
+def _normalize(
+    axis_name: str | None, images: list[Image], scales: list[Array],
+    biases: list[Array]):
+  """(results, means, biased variances) with the statistics of the batch."""
+  means, variances = _moments(images, axis_name)
+  return [
+      (x - mean) * (scale * jax.lax.rsqrt(var + BN_EPS)) + bias
+      for x, scale, bias, mean, var in zip(
+          images, scales, biases, means, variances, strict=True)
+  ], means, variances
 
 
 @_normalize.defjvp
@@ -104,19 +137,23 @@ def _normalize_jvp(axis_name, primals, tangents):
   Automatic differentiation of the definition takes four: it sums again what
   adds up to zero.
   """
-  x, scale, _ = primals
-  x_dot, scale_dot, bias_dot = tangents
-  y, mean, var = _normalize(axis_name, *primals)
-  centred, inverse = x - mean, jax.lax.rsqrt(var + BN_EPS)
-  mean_dot, product_dot = _mean((x_dot, centred * x_dot), axis_name)
-  var_dot = 2 * product_dot
-  # y = centred · factor + bias, by the product rule; what depends on the
-  # channel alone is gathered first.
-  factor = scale * inverse
-  factor_dot = scale_dot * inverse - 0.5 * factor * inverse**2 * var_dot
-  y_dot = x_dot * factor + centred * factor_dot + (
-      bias_dot - factor * mean_dot)
-  return (y, mean, var), (y_dot, mean_dot, var_dot)
+  results, means, variances = _normalize(axis_name, *primals)
+  centred = [x - mean for x, mean in zip(primals[0], means, strict=True)]
+  mean_dots, product_dots = _means((tangents[0], [
+      c * x_dot for c, x_dot in zip(centred, tangents[0], strict=True)]), axis_name)
+  var_dots = [2 * product_dot for product_dot in product_dots]
+  dots = []
+  for c, scale, var, x_dot, scale_dot, bias_dot, mean_dot, var_dot in zip(
+      centred, primals[1], variances, *tangents, mean_dots, var_dots,
+      strict=True):
+    # y = centred · factor + bias, by the product rule; what depends on the
+    # channel alone is gathered first.
+    inverse = jax.lax.rsqrt(var + BN_EPS)
+    factor = scale * inverse
+    factor_dot = scale_dot * inverse - 0.5 * factor * inverse**2 * var_dot
+    dots.append(x_dot * factor + c * factor_dot + (
+        bias_dot - factor * mean_dot))
+  return (results, means, variances), (dots, mean_dots, var_dots)
 
 
 def _num_values(x: Image, axis_name: str | None) -> int:
@@ -131,22 +168,36 @@ def _num_values(x: Image, axis_name: str | None) -> int:
   return count
 
 
-def _mean(tree: PyTree, axis_name: str | None) -> PyTree:
-  """Means per channel, over all devices in one collective."""
-  means = jax.tree.map(lambda x: x.mean((0, 1, 2)), tree)
-  return means if axis_name is None else jax.lax.pmean(means, axis_name)
+def _over_devices(vectors: PyTree, axis_name: str | None) -> PyTree:
+  """Means of vectors over all devices in one collective."""
+  if axis_name is None:
+    return vectors
+  vector, separate = jax.flatten_util.ravel_pytree(vectors)
+  return separate(jax.lax.pmean(vector, axis_name))
 
 
-def _moments(x: Image, axis_name: str | None) -> tuple[Array, Array]:
-  """Mean and biased variance per channel."""
-  mean = x.mean((0, 1, 2))
-  var = jnp.square(x - mean).mean((0, 1, 2))
+def _means(images: PyTree, axis_name: str | None) -> PyTree:
+  """Means per channel."""
+  return _over_devices(
+      jax.tree.map(lambda x: x.mean((0, 1, 2)), images), axis_name)
+
+
+def _moments(
+    images: list[Image], axis_name: str | None,
+) -> tuple[list[Array], list[Array]]:
+  """Means and biased variances per channel."""
+  means = [x.mean((0, 1, 2)) for x in images]
+  variances = [jnp.square(x - mean).mean((0, 1, 2))
+               for x, mean in zip(images, means, strict=True)]
   if axis_name is not None:
-    # One collective: the variance over all devices is the mean variance plus
-    # the variance of the means.
-    mean, square, var = jax.lax.pmean((mean, mean**2, var), axis_name)
-    var += jnp.maximum(square - mean**2, 0)
-  return mean, var
+    # The variance over all devices is the mean variance plus the variance of
+    # the means.
+    means, squares, variances = _over_devices(
+        (means, [mean**2 for mean in means], variances), axis_name)
+    variances = [
+        var + jnp.maximum(square - mean**2, 0)
+        for var, square, mean in zip(variances, squares, means, strict=True)]
+  return means, variances
 
 
 class ConvBNReLU(nn.Module):
@@ -160,10 +211,20 @@ class ConvBNReLU(nn.Module):
   def setup(self):
     self.conv = Conv(self.features, self.kernel, self.stride, self.initializer,
                      self.use_bias)
-    self.bn = BatchNorm()
+    self.bn = BatchNorm(self.features)
 
   def __call__(self, x: Image, mode: Mode) -> Image:
-    return jax.nn.relu(self.bn(self.conv(x), mode))
+    return relu(self.bn(self.conv(x), mode))
+
+
+def conv_bn_relus(
+    convs: list[ConvBNReLU], images: list[Image], mode: Mode) -> list[Image]:
+  """Several images, each behind its own layer; in training by `batch_norms`."""
+  if not mode.train:
+    return [conv(x, mode) for conv, x in zip(convs, images, strict=True)]
+  images = [conv.conv(x) for conv, x in zip(convs, images, strict=True)]
+  return [relu(x) for x in batch_norms(
+      [conv.bn for conv in convs], images, mode)]
 
 
 class BottleneckConv(nn.Module):
@@ -172,19 +233,36 @@ class BottleneckConv(nn.Module):
   The bottleneck is min(C_in, bottleneck_factor · features) wide; 0 leaves it
   out.
   """
+  features_in: int
   features: int
   bottleneck_factor: int
   stride: int = 1
   initializer: str = "pytorch"
 
-  @nn.compact
+  def setup(self):
+    if self.bottleneck_factor:
+      width = min(self.features_in, self.bottleneck_factor * self.features)
+      self.reduce = ConvBNReLU(width, 1, initializer=self.initializer)
+    self.spatial = ConvBNReLU(self.features, 3, self.stride, self.initializer)
+
   def __call__(self, x: Image, mode: Mode) -> Image:
     if self.bottleneck_factor:
-      width = min(x.shape[-1], self.bottleneck_factor * self.features)
-      x = ConvBNReLU(
-          width, 1, initializer=self.initializer, name="reduce")(x, mode)
-    return ConvBNReLU(self.features, 3, self.stride, self.initializer,
-                      name="spatial")(x, mode)
+      x = self.reduce(x, mode)
+    return self.spatial(x, mode)
+
+
+def bottleneck_convs(
+    convs: list[BottleneckConv], images: list[Image], mode: Mode) -> list[Image]:
+  """Several images, each behind its own layer; in training by `batch_norms`."""
+  if not mode.train:
+    return [conv(x, mode) for conv, x in zip(convs, images, strict=True)]
+  images = list(images)
+  narrow = [i for i, conv in enumerate(convs) if conv.bottleneck_factor]
+  reduced = conv_bn_relus(
+      [convs[i].reduce for i in narrow], [images[i] for i in narrow], mode)
+  for i, x in zip(narrow, reduced, strict=True):
+    images[i] = x
+  return conv_bn_relus([conv.spatial for conv in convs], images, mode)
 
 
 class Linear(nn.Module):
@@ -241,10 +319,10 @@ class MaxPool(nn.Module):
 
 
 class GlobalAveragePool(nn.Module):
-  """Mean over the image: [B H W C] -> [B C]."""
+  """Mean over the image, in float32 at least: [B H W C] -> [B C]."""
 
   def __call__(self, x: Image) -> Float[Array, "B C"]:
-    return x.mean(axis=(1, 2))
+    return x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Stem(nn.Module):

@@ -11,7 +11,7 @@ transition narrows what remains.
 """
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -95,24 +95,27 @@ class GridLayer(nn.Module):
 
   @nn.compact
   def __call__(self, features: list[Image], mode: Mode) -> list[Image]:
-    conv = functools.partial(
-        layers.BottleneckConv, initializer=self.initializer)
-    outputs = []
+    convs, images, outputs = [], [], []
+
+    def add(x, new, factor, stride, name):
+      convs.append(layers.BottleneckConv(
+          x.shape[-1], new, factor, stride, self.initializer, name=name))
+      images.append(x)
+
     for s in range(self.first_scale, len(self.growth_factors)):
       i = s - self.first_scale
       here = s - self.first_scale_in
       x, new = features[here], self.growth * self.growth_factors[s]
-      parts = [x]
       if here > 0:
         new //= 2
-        parts.append(conv(
-            new, self.bottleneck_factors[s - 1], 2,
-            name=f"layers_{i}_conv_down")(features[here - 1], mode))
-      parts.append(conv(
-          new, self.bottleneck_factors[s],
-          name=f"layers_{i}_conv_normal")(x, mode))
-      outputs.append(jnp.concatenate(parts, axis=-1))
-    return outputs
+        add(features[here - 1], new, self.bottleneck_factors[s - 1], 2,
+            f"layers_{i}_conv_down")
+      add(x, new, self.bottleneck_factors[s], 1, f"layers_{i}_conv_normal")
+      outputs.append([x])
+    grown = iter(layers.bottleneck_convs(convs, images, mode))
+    for s, parts in enumerate(outputs, self.first_scale):
+      parts.extend(itertools.islice(grown, 2 if s > self.first_scale_in else 1))
+    return [jnp.concatenate(parts, axis=-1) for parts in outputs]
 
 
 class Transition(nn.Module):
@@ -122,10 +125,11 @@ class Transition(nn.Module):
 
   @nn.compact
   def __call__(self, features: list[Image], mode: Mode) -> list[Image]:
-    return [
+    convs = [
         layers.ConvBNReLU(
-            width, 1, initializer=self.initializer, name=f"convs_{i}")(x, mode)
-        for i, (width, x) in enumerate(zip(self.widths, features, strict=True))]
+            width, 1, initializer=self.initializer, name=f"convs_{i}")
+        for i, width in enumerate(self.widths)]
+    return layers.conv_bn_relus(convs, features, mode)
 
 
 class MSDNet(nn.Module):

@@ -81,15 +81,18 @@ class DenseLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Image, low: Image | None, mode: Mode) -> Image:
-    conv = functools.partial(
-        layers.BottleneckConv, initializer=self.initializer)
+    def conv(x, features, *args, name):
+      layer = layers.BottleneckConv(
+          x.shape[-1], features, *args, initializer=self.initializer, name=name)
+      return layer(x, mode)
+
     from_low = 0 if low is None else math.floor(self.compress * self.growth)
-    new = conv(self.growth - from_low, self.bottleneck_factor, self.stride,
-               name="conv_normal")(x, mode)
+    new = conv(x, self.growth - from_low, self.bottleneck_factor, self.stride,
+               name="conv_normal")
     size = new.shape[1:3]
     parts = [layers.resize_bilinear(x, size)]
     if low is not None:
-      up = conv(from_low, self.low_bottleneck_factor, name="conv_up")(low, mode)
+      up = conv(low, from_low, self.low_bottleneck_factor, name="conv_up")
       parts.append(layers.resize_bilinear(up, size))
     return jnp.concatenate([*parts, new], axis=-1)
 

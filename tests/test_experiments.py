@@ -1,0 +1,94 @@
+"""Every command of the page of experiments is one that would start."""
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+from l2w_jax import config as config_lib
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import compare  # noqa: E402
+
+DEFINED = re.compile(
+    r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"')
+
+
+def commands(page: str) -> list[str]:
+  blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+  lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+  return [line for line in lines if line.strip()]
+
+
+PAGE = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
+
+
+def check(command: str) -> None:
+  python, *words = shlex.split(command)
+  assert python == "python"
+  if words[0] == "-m":
+    script = ROOT / (words[1].replace(".", "/") + ".py")
+    words = words[2:]
+  else:
+    script, words = ROOT / words[0], words[1:]
+  source = script.read_text(encoding="utf-8")
+  defined = set(DEFINED.findall(source))
+  flags, overrides = {}, {}
+  for word in words:
+    if not word.startswith("--"):
+      continue  # a run directory
+    name, _, value = word[2:].partition("=")
+    if name.startswith("config."):
+      overrides[name.removeprefix("config.")] = compare._value(value)
+    else:
+      flags[name] = value
+  takes_config = "define_config(" in source
+  assert flags.keys() <= defined | ({"config"} if takes_config else set())
+  assert not overrides or "config" in flags
+  if "config" in flags:
+    config = config_lib.load_config(flags["config"], overrides)
+    if script.name == "compare.py":
+      runs = compare.plan(
+          config, compare.parse_methods(flags["methods"]),
+          int(flags.get("seeds", 3)), pathlib.Path(flags["workdir"]))
+      assert len({path for _, path, _ in runs}) == len(runs)
+
+
+def test_there_is_a_command_for_every_published_item():
+  found = "\n".join(commands(PAGE))
+  for config in ("cifar100_msdnet.py:5", "cifar100_msdnet.py:7",
+                 "cifar10_msdnet.py:5", "cifar10_msdnet.py:7",
+                 "imagenet_msdnet.py:4", "imagenet_msdnet.py:6",
+                 "imagenet_msdnet.py:7", "cifar100_ranet.py", "cifar10_ranet.py",
+                 "imagenet_ranet.py", "digits.py", "cifar100_small.py"):
+    assert f"--config=configs/{config}" in found
+  for method in ("fixed:", "random", "easy_early", "equilibrium", "distill",
+                 "meta.objective=plain", *(
+                     f"l2w:meta.{key}=" for key in (
+                         "epsilon", "q", "inputs", "center_over", "interval",
+                         "hidden"))):
+    assert method in found
+  assert "--mode=latency" in found
+
+
+@pytest.mark.parametrize("command", commands(PAGE))
+def test_every_command_would_start(command, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  check(command)
+
+
+@pytest.mark.parametrize("command, error", [
+    ("python experiments/compare.py --methods=l2w --seed=3", AssertionError),
+    ("python experiments/nothing.py", OSError),
+    ("python experiments/compare.py --config=configs/digit.py", ValueError),
+    ("python experiments/compare.py --config=configs/digits.py --methods=l2v"
+     " --workdir=w", ValueError),
+    ("python experiments/compare.py --config=configs/digits.py --methods=l2w"
+     " --workdir=w --config.meta.epsilom=1", ValueError),
+    ("python -m l2w_jax.main --mod=latency", AssertionError)])
+def test_a_command_that_would_not_start_is_seen(command, error, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(error):
+    check(command)
