@@ -102,6 +102,7 @@ def compile_estimator(
   """
   config = config.copy_and_resolve_references()
   config.meta.update(estimator=name, interval=1)
+  config.microbatches = 1
   half_step = half_step_body(backbone, config, steps_per_epoch=steps_per_epoch)
 
   def run(state, train_half, meta_half):

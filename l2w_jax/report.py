@@ -355,7 +355,7 @@ def draw_weights(lines: list[dict]):
 
 def draw_diagnostics(lines: list[dict]):
   """The meta-gradient and the weights over training, from "diagnose" lines."""
-  figure = _figure(9.0, 6.4)
+  figure = new_figure(9.0, 6.4)
   (error, noise), (moved, confident) = figure.subplots(2, 2)
   epochs = [line["epoch"] for line in lines]
   for name in lines[-1]["estimators"]:
@@ -370,7 +370,7 @@ def draw_diagnostics(lines: list[dict]):
   easy, hard = (_array([line[name] for line in lines])
                 for name in ("easy_weight", "hard_weight"))
   edges = _array(lines[-1]["confidence_bins"])
-  for k, color in enumerate(_exit_colors(snr.shape[1])):
+  for k, color in enumerate(exit_colors(snr.shape[1])):
     noise.plot(epochs, snr[:, k], ".-", color=color, label=f"exit {k + 1}")
     moved.plot(epochs, easy[:, k], ".-", color=color)
     moved.plot(epochs, hard[:, k], ".--", color=color)
@@ -410,7 +410,7 @@ def estimator_rows(lines: list[dict]) -> list[list[str]]:
 
 def estimator_table(lines: list[dict]) -> str:
   """`estimator_rows` as HTML, for the page and for notebooks."""
-  return _table(ESTIMATOR_HEAD, estimator_rows(lines))
+  return table(ESTIMATOR_HEAD, estimator_rows(lines))
 
 
 def draw_latency(latency: dict):
@@ -439,10 +439,10 @@ def draw_latency(latency: dict):
 def _diagnostics_section(lines: list[dict]) -> str:
   if not lines:
     return ""
-  picture = _picture(
+  shown = picture(
     "diagnostics.png", "One train half and the same meta halves throughout. "
     "Signal to noise below 0: less signal than noise of its own size explains.")
-  return (f"<h2>Meta-gradient</h2>\n{picture}\n"
+  return (f"<h2>Meta-gradient</h2>\n{shown}\n"
           f"{estimator_table(lines)}")
 
 
