@@ -39,7 +39,7 @@ setuptools.setup(
         # numpy, absl-py and tqdm, used too, are declared by those above.
     ],
     extras_require={
-        # Only the import and export of PyTorch checkpoints uses it.
+        # Only PyTorch checkpoints and experiments/benchmark.py --pytorch use it.
         "torch": ["torch"],
         # metrics.jsonl is always written; this adds TensorBoard events
         # without TensorFlow.

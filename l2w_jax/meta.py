@@ -76,6 +76,8 @@ class LookAhead(NamedTuple):
   sgd_step, average: as in `pseudo_update`.
   meta_loss_fn: Θ̂ -> (L_meta on the meta half, anything else worth keeping). It
     decides inside which exit scores which sample, without a gradient.
+  again: Θ for a second pass over the network, which may begin when a second value
+    is known; see `train_step.after`.
   opt_state, parts, inner_step: where a look-ahead of T steps begins beside Θ, its
     T pieces of the train half, stacked [T …], and the whole step on one of them,
     (Φ, (Θ, opt_state), part) -> (Θ, opt_state). Only `wpn_gradient_unroll` reads
@@ -88,6 +90,7 @@ class LookAhead(NamedTuple):
   sgd_step: Callable[[Params], Params]
   meta_loss_fn: Callable[[Params], tuple[Float[Array, ""], Any]]
   average: Callable[[Params], Params] = lambda mean: mean
+  again: Callable[[Params, PyTree], Params] = lambda params, known: params
   opt_state: PyTree = None
   parts: PyTree = None
   inner_step: Callable[[Params, tuple, PyTree], tuple] | None = None
@@ -117,7 +120,8 @@ def wpn_gradient_jvp(wpn_params: Params, look: LookAhead) -> MetaGradient:
   matrix at once. Exact.
   """
   def slopes(direction):
-    return jax.jvp(look.losses_fn, (look.params,), (direction,))[1]
+    params = look.again(look.params, direction)
+    return jax.jvp(look.losses_fn, (params,), (direction,))[1]
 
   return _from_slopes(slopes, wpn_params, look)
 

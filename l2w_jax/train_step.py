@@ -134,6 +134,19 @@ def inner_sgd_step(
   return apply_updates(state.params, updates, learning_rate)
 
 
+def after(tree: PyTree, known: PyTree) -> PyTree:
+  """The same numbers, but none of them before all of `known` is computed.
+
+  What `model.remat` computes anew from them is then computed late, and not merged
+  with the first time and kept. XLA drops optimization barriers before it merges
+  equal operations and puts them in order; a sum it has to keep.
+  """
+  nothing = 0 * sum(x.ravel()[0] for x in jax.tree.leaves(known))
+  return jax.tree.map(
+      lambda x: x + nothing.astype(x.dtype)
+      if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
 def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
   """SGD on the backbone; keeps this forward pass's running statistics."""
   updates, opt_state = optimizer.update(
@@ -227,7 +240,10 @@ def _l2w_half_step(backbone, config, devices):
   proportions = allocation.proportions(config.meta.q, backbone.num_exits)
   allocate = allocation.OBJECTIVES[config.meta.objective]
   name, num_parts = config_lib.estimator(config.meta.estimator)
+  # Two exact roads; the second forgets what the first would keep meanwhile.
+  name = "jvp" if name == "grad" and config.model.remat else name
   wpn_gradient = meta.ESTIMATORS[name]
+  again = after if config.model.remat else lambda tree, unused_known: tree
 
   def weights_of(wpn_params, features):
     return weighting.sample_weights(
@@ -274,7 +290,7 @@ def _l2w_half_step(backbone, config, devices):
           state.wpn_params, meta.LookAhead(
               state.params, lambda params: train_losses(params)[0], pull,
               lambda phi: weights_of(phi, features), sgd_step, meta_loss_fn,
-              devices.mean, state.opt_state,
+              devices.mean, again, state.opt_state,
               microbatches.cut(train_half, num_parts), inner_step))
       meta_loss, gradient = devices.across((meta_loss, gradient))
       updates, wpn_opt_state = wpn_optimizer.update(
@@ -296,6 +312,7 @@ def _l2w_half_step(backbone, config, devices):
         updated_wpn() if config.meta.interval == 1
         else jax.lax.cond(update_wpn, updated_wpn, kept_wpn))
 
+    pull = again(pull, wpn_params)
     weights = weights_of(wpn_params, features)
     gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
     state = _real_step(optimizer, state, gradient, devices.across(batch_stats),

@@ -137,6 +137,12 @@ def test_jvp_is_the_oracle():
   check_against_oracle(make_config(center_over="batch", estimator="jvp"))
 
 
+def test_rematerialisation_is_the_oracle():
+  config = make_config(center_over="batch")
+  config.model.remat = True
+  check_against_oracle(config)
+
+
 def test_one_unrolled_step_is_the_oracle():
   check_against_oracle(make_config(center_over="batch", estimator="unroll:1"))
 
@@ -324,7 +330,7 @@ JVP_BUGS = {
         "slopes(direction) / weights.shape[0]",
         "slopes(direction) / weights.size"),
     "slopes along v": (
-        "return jax.jvp(look.losses_fn, (look.params,), (direction,))",
+        "return jax.jvp(look.losses_fn, (params,), (direction,))",
         "return jax.jvp(look.losses_fn, (look.params,), "
         "(jax.tree.map(jnp.negative, direction),))"),
     "slopes at the look-ahead": (

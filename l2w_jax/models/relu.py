@@ -2,8 +2,8 @@
 
 The usual derivative keeps the mask x > 0 beside the output, which the next layer
 keeps anyway. Inside one computation XLA finds out; but where a derivative is used
-on both sides of a conditional, as at `meta.interval` > 1, each mask is computed in
-a pass of its own, 8 % of a step on a CPU. With y = relu(x), the mask is y > 0, so
+on both sides of a conditional, as at `meta.interval` > 1, each mask is computed and
+kept in a pass of its own. With y = relu(x), the mask is y > 0, so
 
     ẏ = `_gate`(ẋ, y) = ẋ where y > 0, else 0
 
