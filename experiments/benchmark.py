@@ -21,7 +21,6 @@ one kind of device to another.
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
 import json
 import pathlib
@@ -36,18 +35,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from options import SHAPES, override
 
 import l2w_jax as l2w
 from l2w_jax import allocation, checkpoint
 from l2w_jax.train_step import half_step_body, step_body
 
-# Data source: image shape and classes.
-SHAPES = {
-    "tfds:cifar10": ((32, 32, 3), 10),
-    "tfds:cifar100": ((32, 32, 3), 100),
-    "tfds:imagenet2012": ((224, 224, 3), 1000),
-    "digits": ((8, 8, 1), 10),
-}
 STEPS_PER_EPOCH = 1000
 INTERVAL = 100
 STEPS = {  # program: what it changes in the config
@@ -421,22 +414,12 @@ def table(results) -> str:
   return "\n".join(lines)
 
 
-def _override(text: str) -> tuple[str, object]:
-  key, equals, value = text.partition("=")
-  if not equals:
-    raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-  try:
-    return key, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    return key, value
-
-
 def main(arguments=None) -> None:
   """The command line."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
-  parser.add_argument("--set", action="append", default=[], type=_override,
+  parser.add_argument("--set", action="append", default=[], type=override,
                       metavar="KEY=VALUE", help="override a key of the config")
   parser.add_argument("--out", default="benchmark.json", type=pathlib.Path,
                       help="where results are stored (default %(default)s)")

@@ -17,7 +17,6 @@ seed by seed with their t interval; comparison/index.html adds the pictures.
 """
 from __future__ import annotations
 
-import ast
 import copy
 import json
 import pathlib
@@ -27,6 +26,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
+from options import literal
 
 from l2w_jax import command
 from l2w_jax import config as config_lib
@@ -56,7 +56,7 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"--methods={text}: {key} may not differ between "
                          "methods; they are compared on one network and its "
                          "images")
-      overrides[key] = _value(value)
+      overrides[key] = literal(value)
     if name in methods:
       raise ValueError(f"--methods={text} names {name!r} twice")
     methods[name] = overrides
@@ -73,13 +73,6 @@ def _split(text: str) -> list[str]:
     else:
       parts[-1] += letter
   return [part.strip() for part in parts]
-
-
-def _value(text: str) -> Any:
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
 
 
 def plan(

@@ -16,7 +16,7 @@ import pathlib
 import sys
 
 import jax
-from benchmark import _override as override
+from options import override
 
 import l2w_jax as l2w
 from l2w_jax import checkpoint, diagnostics, report

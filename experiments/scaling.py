@@ -15,7 +15,6 @@ total batch on the same cores, and says how long a call takes to return.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import re
@@ -23,13 +22,8 @@ import statistics
 import sys
 import time
 
-# Data source: image shape and classes.
-SHAPES = {
-    "tfds:cifar10": ((32, 32, 3), 10),
-    "tfds:cifar100": ((32, 32, 3), 100),
-    "tfds:imagenet2012": ((224, 224, 3), 1000),
-    "digits": ((8, 8, 1), 10),
-}
+from options import SHAPES, override
+
 STEPS_PER_EPOCH = 1000
 COLLECTIVES = ("psum", "psum_invariant", "all_gather", "all_gather_invariant")
 BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
@@ -239,23 +233,13 @@ def _show_times(result):
   print(f"throughput of many over one: {one / many:.2f}")
 
 
-def _override(text: str) -> tuple[str, object]:
-  key, equals, value = text.partition("=")
-  if not equals:
-    raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-  try:
-    return key, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    return key, value
-
-
 def main(arguments=None) -> None:
   """The command line."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("what", choices=("count", "time"))
   parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
-  parser.add_argument("--set", action="append", default=[], type=_override,
+  parser.add_argument("--set", action="append", default=[], type=override,
                       metavar="KEY=VALUE", help="override a key of the config")
   parser.add_argument("--devices", default=8, type=int,
                       help="virtual CPU devices (default %(default)s)")

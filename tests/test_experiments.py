@@ -41,7 +41,7 @@ def check(command: str) -> None:
       continue  # a run directory
     name, _, value = word[2:].partition("=")
     if name.startswith("config."):
-      overrides[name.removeprefix("config.")] = compare._value(value)
+      overrides[name.removeprefix("config.")] = compare.literal(value)
     else:
       flags[name] = value
   takes_config = "define_config(" in source
