@@ -115,7 +115,9 @@ def make_msdnet() -> l2w_jax.models.Backbone:
 def make_ranet() -> l2w_jax.models.Backbone:
   model = config_lib.defaults("ranet").model
   model.update(
-      blocks=1, block_step=1, step=1, channels=4, growth=4, scales=(1, 2),
+      blocks=1, block_step=1, step=1, channels=4, growth=8, scales=(1, 2),
+      # One channel between BatchNorms would have a scale without a gradient.
+      compress=0.5,
       growth_factors=(2, 1), bottleneck_factors=(1, 1), classifier_width=4)
   return l2w_jax.build_backbone(model, 10, (8, 8, 1))
 
@@ -403,7 +405,7 @@ def test_a_missing_collective_is_seen(results, bug):
 @pytest.mark.slow
 def test_eight_devices_agree_with_one_for_five_steps():
   worst = run_program(8, "some")
-  assert worst["cases"] == 3 and worst["replicas_equal"]
+  assert worst["cases"] == 2 and worst["replicas_equal"]
   # Float64, five steps: rounding grows tenfold in them.
   assert worst["state"] < 1e-12 and worst["metrics"] < 1e-12
 
@@ -467,8 +469,7 @@ if __name__ == "__main__":
   if sys.argv[1:] == ["grid"]:
     print_grid(GRID)
   elif sys.argv[1:] == ["some"]:
-    # Of GRID, this RANet also gives 8e-12 and 5e-11 (all and exits, interval 2).
-    print_grid([("ranet", "batch", 1, 1), ("msdnet", "batch", 2, 1),
-                ("msdnet", "all", 1, 2)], ["jvp"], [8])
+    print_grid([("ranet", "exits", 2, 1), ("msdnet", "all", 1, 2)], ["jvp"],
+               [8])
   else:
     main()
