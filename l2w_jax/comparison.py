@@ -136,14 +136,14 @@ def paired(values: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
 def easy_to_hard(reference: Sequence[Run]) -> np.ndarray:
   """[N] group of each test image, 0 the easiest of `NUM_GROUPS` equal ones.
 
-  Easy is what many exits of many runs of the reference answer correctly, and
-  among equals what they are more confident of.
+  Ranked by the confidence of the reference's exits, counted negative where they
+  are wrong, in the mean over exits and runs: from surely right to surely wrong.
   """
-  correct = np.mean([run.correct for run in reference], axis=(0, 2))
-  confidence = np.mean([run.confidence for run in reference], axis=(0, 2))
-  order = np.lexsort((-confidence, -correct.round(9)))
-  group = np.empty(len(order), int)
-  group[order] = np.arange(len(order)) * NUM_GROUPS // len(order)
+  ease = np.mean([np.where(run.correct, run.confidence, -run.confidence)
+                  for run in reference], axis=(0, 2))
+  group = np.empty(len(ease), int)
+  group[np.argsort(-ease, kind="stable")] = (
+      np.arange(len(ease)) * NUM_GROUPS // len(ease))
   return group
 
 
@@ -325,8 +325,8 @@ CAPTIONS = {
     "weights.png": "Mean weight of the training samples in each loss bin, early "
     "and late in training; the band is one standard deviation over the seeds.",
     "leaving.png": f"Test images in {NUM_GROUPS} groups of one size, from those "
-    "that most exits of the reference answer correctly to those that fewest do, "
-    f"and where they leave at q = {AT_Q}.",
+    "that the exits of the reference are surely right about to those they are "
+    f"surely wrong about, and where they leave at q = {AT_Q}.",
 }
 
 

@@ -125,9 +125,10 @@ def make_run(correct, confidence, exits=None, curve=((1.0, 0.5), (3.0, 0.6))):
       seconds=1.0)
 
 
-def test_easy_images_are_those_most_exits_answer_then_the_surer_ones():
+def test_easy_images_are_those_the_exits_are_surely_right_about():
+  # Ease 0.9, 0, 0.95, -0.9 and 0.05.
   correct = [[1, 1], [0, 1], [1, 1], [0, 0], [0, 1]]
-  confidence = [[0.9, 0.9], [0.5, 0.5], [0.95, 0.95], [0.9, 0.9], [0.6, 0.6]]
+  confidence = [[0.9, 0.9], [0.5, 0.5], [0.95, 0.95], [0.9, 0.9], [0.6, 0.7]]
   run = make_run(correct, confidence)
   np.testing.assert_array_equal(
       comparison.easy_to_hard([run, run]), [1, 3, 0, 4, 2])
