@@ -365,7 +365,8 @@ def draw_diagnostics(lines: list[dict]):
       error.plot(epochs, np.where(values > 0, values, np.nan), ".-", label=name)
   error.set(title="Error of the estimators", xlabel="epoch", yscale="log",
             ylabel="relative to the exact gradient")
-  error.legend(fontsize=7)
+  if error.lines:
+    error.legend(fontsize=7)
   snr = _array([line["signal_to_noise_by_exit"] for line in lines])
   easy, hard = (_array([line[name] for line in lines])
                 for name in ("easy_weight", "hard_weight"))

@@ -251,7 +251,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path):
            f"--workdir={tmp_path}")
   config = config_lib.load_config(str(ROOT / "configs/digits.py"), {
       flag.removeprefix("--config.").partition("=")[0]:
-      compare._value(flag.partition("=")[2]) for flag in tiny_flags()[1:]})
+      compare.literal(flag.partition("=")[2]) for flag in tiny_flags()[1:]})
   (_, path, first), *_ = compare.plan(
       config, compare.parse_methods("uniform,random"), 2, tmp_path)
   compare.finish(path, first)
