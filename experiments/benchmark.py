@@ -20,9 +20,9 @@ one kind of device to another.
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import json
+import operator
 import pathlib
 import shutil
 import statistics
@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from options import SHAPES, override
+from options import config_parser, one_line_errors, shape_and_classes
 
 import l2w_jax as l2w
 from l2w_jax import allocation, checkpoint
@@ -60,7 +60,7 @@ class Program:
 
   def __init__(self, config_file, overrides, name="step"):
     self.config = l2w.load_config(config_file, overrides)
-    shape, self.classes = _shape(self.config)
+    shape, self.classes = shape_and_classes(self.config)
     self.backbone = l2w.build_backbone(self.config.model, self.classes, shape)
     batch = self.config.batch // (2 if name == HALF else 1)
     images = jax.ShapeDtypeStruct((batch, *shape), jnp.result_type(float))
@@ -202,14 +202,11 @@ def check_pytorch(config) -> None:
   """Raises ValueError for a config that pytorch_step.py does not cover."""
   wanted = {"model.name": "msdnet", "method": "l2w", "meta.inputs": "loss",
             "meta.interval": 1, "label_smoothing": 0}
-  given = {"model.name": config.model.name, "method": config.method,
-           "meta.inputs": config.meta.inputs,
-           "meta.interval": config.meta.interval,
-           "label_smoothing": config.label_smoothing}
   for key, value in wanted.items():
-    if given[key] != value:
+    given = operator.attrgetter(key)(config)
+    if given != value:
       raise ValueError(f"--pytorch is written for {key}={value!r}, not "
-                       f"{given[key]!r}; leave it out or change the key")
+                       f"{given!r}; leave it out or change the key")
 
 
 def torch_state(variables) -> dict[str, np.ndarray]:
@@ -224,13 +221,6 @@ def torch_state(variables) -> dict[str, np.ndarray]:
     if leaf == "var":
       state[".".join([*owner, "num_batches_tracked"])] = np.zeros((), np.int64)
   return state
-
-
-def _shape(config):
-  if config.data.source not in SHAPES:
-    raise ValueError(f"no image shape is known for {config.data.source}; "
-                     f"choose a config of {', '.join(SHAPES)}")
-  return SHAPES[config.data.source]
 
 
 def peaks() -> dict[str, float]:
@@ -263,7 +253,7 @@ def peaks() -> dict[str, float]:
 
 def random_batch(config) -> dict[str, jax.Array]:
   """Images and labels of a loader batch, always the same."""
-  shape, classes = _shape(config)
+  shape, classes = shape_and_classes(config)
   rng = np.random.default_rng(0)
   return {
       "image": jnp.asarray(
@@ -416,11 +406,7 @@ def table(results) -> str:
 
 def main(arguments=None) -> None:
   """The command line."""
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
-  parser.add_argument("--set", action="append", default=[], type=override,
-                      metavar="KEY=VALUE", help="override a key of the config")
+  parser = config_parser(__doc__)
   parser.add_argument("--out", default="benchmark.json", type=pathlib.Path,
                       help="where results are stored (default %(default)s)")
   parser.add_argument("--remat", action="store_true",
@@ -432,16 +418,13 @@ def main(arguments=None) -> None:
   parser.add_argument("--rounds", default=5, type=int,
                       help="times each program runs (default %(default)s)")
   options = parser.parse_args(arguments)
-  try:
+  with one_line_errors():
     if options.rounds < 1:
       raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
     print(table(run(
         options.config, dict(options.set), options.out, remat=options.remat,
         compile_only=options.compile_only, pytorch=options.pytorch,
         rounds=options.rounds)))
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ seed by seed with their t interval; comparison/index.html adds the pictures.
 from __future__ import annotations
 
 import copy
-import json
 import pathlib
 import re
 import sys
@@ -95,19 +94,10 @@ def finish(workdir: pathlib.Path, config: ConfigDict) -> None:
   from l2w_jax import checkpoint, evaluate, report, train
 
   checkpoint.check_same_run(workdir, config)
-  if not _is_complete(workdir):
+  if not evaluate.is_finished(workdir, "scores.npz"):
     train.train(workdir, config)
     evaluate.evaluate(workdir, config)
     report.write_report(workdir)
-
-
-def _is_complete(workdir: pathlib.Path) -> bool:
-  """Whether the run has finished and holds all that is compared."""
-  try:
-    results = json.loads((workdir / "results.json").read_text())
-  except (OSError, json.JSONDecodeError):
-    return False
-  return bool(results.get("complete")) and (workdir / "scores.npz").exists()
 
 
 def _define_flags() -> None:

@@ -10,13 +10,12 @@ changes keys of the config.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import sys
 
 import jax
-from options import override
+from options import config_parser, one_line_errors
 
 import l2w_jax as l2w
 from l2w_jax import checkpoint, diagnostics, report
@@ -70,11 +69,7 @@ def table(line) -> str:
 
 def main(arguments=None) -> None:
   """The command line."""
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
-  parser.add_argument("--set", action="append", default=[], type=override,
-                      metavar="KEY=VALUE", help="override a key of the config")
+  parser = config_parser(__doc__)
   parser.add_argument("--steps", default=0, type=int,
                       help="training steps before (default %(default)s)")
   parser.add_argument("--estimators", nargs="+", default=None,
@@ -82,7 +77,7 @@ def main(arguments=None) -> None:
   parser.add_argument("--out", default="estimators.json", type=pathlib.Path,
                       help="where the line is stored (default %(default)s)")
   options = parser.parse_args(arguments)
-  try:
+  with one_line_errors():
     if options.steps < 0:
       raise ValueError(f"--steps must be at least 0, got {options.steps}")
     config = l2w.load_config(options.config, {
@@ -91,9 +86,6 @@ def main(arguments=None) -> None:
       config.diagnose.estimators = tuple(options.estimators)
     config.diagnose.half = config.batch // 2
     line = measure(l2w.config.validate(config), options.steps)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   checkpoint.write_atomically(options.out, json.dumps(line, indent=2) + "\n")
   print(table(line))
 

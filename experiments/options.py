@@ -1,8 +1,11 @@
-"""What scripts of this folder share: image shapes, and values of command lines."""
+"""What scripts of this folder share: image shapes, and their command lines."""
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Data source: image shape and classes.
@@ -12,6 +15,18 @@ SHAPES = {
     "tfds:imagenet2012": ((224, 224, 3), 1000),
     "digits": ((8, 8, 1), 10),
 }
+
+
+def shape_and_classes(config) -> tuple[tuple[int, int, int], int]:
+  """(image shape, classes) of a config's data, without reading it.
+
+  Raises:
+    ValueError: a source that is not in `SHAPES`.
+  """
+  if config.data.source not in SHAPES:
+    raise ValueError(f"no image shape is known for {config.data.source}; "
+                     f"choose a config of {', '.join(SHAPES)}")
+  return SHAPES[config.data.source]
 
 
 def literal(text: str) -> Any:
@@ -28,3 +43,26 @@ def override(text: str) -> tuple[str, Any]:
   if not equals:
     raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
   return key, literal(rest)
+
+
+def config_parser(
+    description: str, commands: Sequence[str] = ()) -> argparse.ArgumentParser:
+  """A parser that takes a config and --set, behind one of `commands` if any."""
+  parser = argparse.ArgumentParser(
+      description=description, formatter_class=argparse.RawTextHelpFormatter)
+  if commands:
+    parser.add_argument("what", choices=commands)
+  parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
+  parser.add_argument("--set", action="append", default=[], type=override,
+                      metavar="KEY=VALUE", help="override a key of the config")
+  return parser
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+  """A ValueError becomes one line and exit code 2."""
+  try:
+    yield
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -14,15 +14,13 @@ total batch on the same cores, and says how long a call takes to return.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import statistics
-import sys
 import time
 
-from options import SHAPES, override
+from options import config_parser, one_line_errors, shape_and_classes
 
 STEPS_PER_EPOCH = 1000
 COLLECTIVES = ("psum", "psum_invariant", "all_gather", "all_gather_invariant")
@@ -42,10 +40,7 @@ def build(config_file, overrides):
   """(config, backbone, image shape)."""
   import l2w_jax as l2w
   config = l2w.load_config(config_file, overrides)
-  if config.data.source not in SHAPES:
-    raise ValueError(f"no image shape is known for {config.data.source}; "
-                     f"choose a config of {', '.join(SHAPES)}")
-  shape, classes = SHAPES[config.data.source]
+  shape, classes = shape_and_classes(config)
   return config, l2w.build_backbone(config.model, classes, shape), shape
 
 
@@ -235,12 +230,7 @@ def _show_times(result):
 
 def main(arguments=None) -> None:
   """The command line."""
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("what", choices=("count", "time"))
-  parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
-  parser.add_argument("--set", action="append", default=[], type=override,
-                      metavar="KEY=VALUE", help="override a key of the config")
+  parser = config_parser(__doc__, ("count", "time"))
   parser.add_argument("--devices", default=8, type=int,
                       help="virtual CPU devices (default %(default)s)")
   parser.add_argument("--rounds", default=5, type=int,
@@ -253,7 +243,7 @@ def main(arguments=None) -> None:
               "--xla_llvm_disable_expensive_passes=true"]
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
   os.environ["JAX_PLATFORMS"] = "cpu"
-  try:
+  with one_line_errors():
     if options.devices < 2 or options.rounds < 1:
       raise ValueError("--devices must be at least 2 and --rounds at least 1, got "
                        f"{options.devices} and {options.rounds}")
@@ -262,9 +252,6 @@ def main(arguments=None) -> None:
     else:
       _show_times(measure(options.config, dict(options.set), options.devices,
                           options.rounds))
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

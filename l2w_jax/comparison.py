@@ -17,7 +17,6 @@ of a curve, N test images.
 """
 from __future__ import annotations
 
-import io
 import json
 import math
 import pathlib
@@ -291,6 +290,8 @@ def write(
   found = {name: [read_run(path) for path in paths]
            for name, paths in runs.items()}
   summary = summarize(found)
+  folder = workdir / "comparison"
+  folder.mkdir(exist_ok=True)
   with matplotlib.rc_context(report.STYLE):
     figures = {"curves.png": draw_curves(found),
                "leaving.png": draw_leaving(summary)}
@@ -300,16 +301,8 @@ def write(
                 if all(run.weights for run in runs)}
     if weighted:
       figures["weights.png"] = draw_weights(weighted)
-    pictures = {}
-    for name, figure in figures.items():
-      png = io.BytesIO()
-      figure.savefig(png, format="png")
-      pictures[name] = png.getvalue()
-  folder = workdir / "comparison"
-  folder.mkdir(exist_ok=True)
-  for name, data in pictures.items():
-    report.write_file(folder / name, data)
-  report.write_file(folder / "index.html", render(summary, pictures).encode())
+    report.write_pictures(folder, figures)
+  report.write_file(folder / "index.html", render(summary, figures).encode())
   report.write_file(
       workdir / "comparison.json",
       (json.dumps(summary, indent=2) + "\n").encode())

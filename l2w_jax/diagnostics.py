@@ -30,13 +30,18 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
-from l2w_jax import losses as losses_lib
 from l2w_jax import weighting
 from l2w_jax.data import augment, sources
-from l2w_jax.models import wpn
 from l2w_jax.models.backbone import Backbone
+from l2w_jax.parallel import ONE_DEVICE
 from l2w_jax.train_state import TrainState
-from l2w_jax.train_step import Batch, half_step_body
+from l2w_jax.train_step import (
+    Batch,
+    forward_pass,
+    half_step_body,
+    train_losses_fn,
+    wpn_weights_fn,
+)
 
 EXACT = "grad"
 BINS = 10  # of loss and of confidence
@@ -198,14 +203,11 @@ def make_weights_fn(
   """
   @jax.jit
   def weights_fn(state: TrainState, half: Batch):
-    logits, _ = backbone.apply(state.variables, half["image"], train=True)
-    losses = losses_lib.cross_entropy(
-        logits, half["label"], config.label_smoothing)
-    confidence = losses_lib.confidence(logits)
+    forward = forward_pass(
+        backbone, ONE_DEVICE, state.batch_stats, train_losses_fn(config))
+    losses, (_, confidence) = forward(state.params, half)
     features = weighting.features(losses, confidence, config.meta.inputs)
-    weights = weighting.sample_weights(
-        wpn.apply(state.wpn_params, features), config.meta.epsilon,
-        config.meta.center_over)
+    weights = wpn_weights_fn(config, ONE_DEVICE)(state.wpn_params, features)
     return weights, losses, confidence
 
   return weights_fn

@@ -343,6 +343,15 @@ def check_same_images(
         "trained on, or train into another workdir")
 
 
+def is_finished(workdir: pathlib.Path, name: str) -> bool:
+  """Whether results of the finished run and the file `name` are there."""
+  try:
+    results = json.loads((workdir / "results.json").read_text())
+  except (OSError, json.JSONDecodeError):
+    return False
+  return bool(results.get("complete")) and (workdir / name).exists()
+
+
 def _write_samples(workdir, dataset, test, thresholds):
   """samples.npz: test images with the exit each takes at one budget."""
   row = thresholds[QS.index(SAMPLES_AT_Q)]

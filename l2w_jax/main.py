@@ -1,7 +1,6 @@
 """Command line: train, evaluate and report. `--help` lists the flags."""
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 
@@ -67,7 +66,8 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
       parallel.from_writer(config and config.to_dict()))
   if mode in ("all", "train") and not train.train(workdir, config):
     say(f"{workdir}: training had already finished")
-    if mode == "all" and parallel.from_writer(_is_reported(workdir)):
+    if mode == "all" and parallel.from_writer(
+        evaluate.is_finished(workdir, "report/index.html")):
       say(f"nothing to do; see {workdir / 'report' / 'index.html'}")
       return
   if mode in ("all", "evaluate"):
@@ -80,16 +80,6 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
     say(f"export: {export.export(workdir)}")
   if mode in ("all", "report", "latency") and parallel.is_writer():
     say(f"report: {report.write_report(workdir)}")
-
-
-def _is_reported(workdir: pathlib.Path) -> bool:
-  """Whether results of the finished run and their report are there."""
-  try:
-    results = json.loads((workdir / "results.json").read_text())
-  except (OSError, json.JSONDecodeError):
-    return False
-  page = workdir / "report" / "index.html"
-  return bool(results.get("complete")) and page.exists()
 
 
 def _print_results(results) -> None:

@@ -121,10 +121,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
       figures["diagnostics.png"] = draw_diagnostics(metrics["diagnose"])
     if latency:
       figures["latency.png"] = draw_latency(latency)
-    for name, figure in figures.items():
-      png = io.BytesIO()
-      figure.savefig(png, format="png")
-      write_file(report / name, png.getvalue())
+    write_pictures(report, figures)
   page = render_page(config, results, float(samples["q"]),
                      bool(metrics["weights"]), latency, metrics["diagnose"])
   write_file(report / "index.html", page.encode())
@@ -233,6 +230,14 @@ def write_file(path: pathlib.Path, data: bytes) -> None:
   partial = path.with_name(f".{path.name}.partial")
   partial.write_bytes(data)
   os.replace(partial, path)
+
+
+def write_pictures(folder: pathlib.Path, figures: dict[str, Any]) -> None:
+  """Writes {file name: figure} as PNG, in the style that is set."""
+  for name, figure in figures.items():
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_file(folder / name, png.getvalue())
 
 
 def _array(values: Any) -> np.ndarray:

@@ -156,7 +156,10 @@ def _real_step(optimizer, state, gradient, batch_stats, learning_rate):
       batch_stats=batch_stats, opt_state=opt_state)
 
 
-def _forward(backbone, devices, batch_stats, losses_of):
+def forward_pass(
+    backbone: Backbone, devices: Collectives, batch_stats: PyTree,
+    losses_of: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Callable[[PyTree, Batch], tuple[jax.Array, tuple[PyTree, jax.Array]]]:
   """(Θ, half) -> (losses [B K], (running statistics, confidence [B K]))."""
   def forward(params, half):
     logits, new_stats = backbone.apply(
@@ -168,7 +171,8 @@ def _forward(backbone, devices, batch_stats, losses_of):
   return forward
 
 
-def _train_losses(config):
+def train_losses_fn(
+    config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """(logits [B K C], labels [B]) -> losses [B K] that training minimises."""
   if config.method == "distill":
     return functools.partial(
@@ -177,6 +181,18 @@ def _train_losses(config):
         temperature=config.baseline.temperature)
   return functools.partial(
       losses_lib.cross_entropy, label_smoothing=config.label_smoothing)
+
+
+def wpn_weights_fn(
+    config: ConfigDict, devices: Collectives,
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+  """(Φ, features [B F]) -> sample weights [B K]."""
+  def weights_of(wpn_params, features):
+    return weighting.sample_weights(
+        wpn.apply(wpn_params, features), config.meta.epsilon,
+        config.meta.center_over, devices.mean)
+
+  return weights_of
 
 
 def _train_loss(weights, losses, devices):
@@ -217,8 +233,8 @@ def _plain_half_step(backbone, config, devices):
 
   def half_step(state, train_half, unused_half, learning_rate,
                 unused_wpn_rate, unused_update_wpn):
-    forward = _forward(
-        backbone, devices, state.batch_stats, _train_losses(config))
+    forward = forward_pass(
+        backbone, devices, state.batch_stats, train_losses_fn(config))
     losses, pull, (batch_stats, _) = jax.vjp(
         microbatches.in_reverse(forward, train_half, config.microbatches),
         state.params, has_aux=True)
@@ -243,17 +259,13 @@ def _l2w_half_step(backbone, config, devices):
   # Two exact roads; the second forgets what the first would keep meanwhile.
   name = "jvp" if name == "grad" and config.model.remat else name
   wpn_gradient = meta.ESTIMATORS[name]
+  weights_of = wpn_weights_fn(config, devices)
   again = after if config.model.remat else lambda tree, unused_known: tree
-
-  def weights_of(wpn_params, features):
-    return weighting.sample_weights(
-        wpn.apply(wpn_params, features), config.meta.epsilon,
-        config.meta.center_over, devices.mean)
 
   def half_step(state, train_half, meta_half, learning_rate,
                 wpn_learning_rate, update_wpn):
-    forward = _forward(
-        backbone, devices, state.batch_stats, _train_losses(config))
+    forward = forward_pass(
+        backbone, devices, state.batch_stats, train_losses_fn(config))
     # The one forward pass at Θ; `pull` serves Eqs. 7 and 9.
     losses, pull, (batch_stats, confidence) = jax.vjp(
         microbatches.in_reverse(forward, train_half, config.microbatches),
@@ -276,8 +288,8 @@ def _l2w_half_step(backbone, config, devices):
 
     def meta_loss_fn(pseudo_params):
       meta_losses, (_, confidence) = microbatches.in_reverse(
-          _forward(backbone, devices, state.batch_stats,
-                   losses_lib.cross_entropy), meta_half,
+          forward_pass(backbone, devices, state.batch_stats,
+                       losses_lib.cross_entropy), meta_half,
           config.microbatches)(pseudo_params)
       everyone = devices.gather(jax.lax.stop_gradient(confidence))
       allocated = allocate(everyone, proportions)
