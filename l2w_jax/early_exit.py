@@ -11,6 +11,9 @@ image of a call: widths differ in the last bits, which could send an image whose
 confidence is a threshold's another way. So exits equal those of `simulate`, which
 runs the same programs without stopping, image for image.
 
+XLA:CPU runs one program at a time for each thread that asks, and the small late
+stages keep few cores busy. So on a CPU a long call is two passes side by side.
+
 `answer` is for one image: one program, in which the device decides.
 
 A stage computes only what its exit's logits need; the rest of its work, on the
@@ -24,6 +27,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +45,7 @@ from l2w_jax.models.backbone import Backbone
 # stage, gathering ones included, are at most log2 of the largest width + 1. On a
 # CPU the arrays of 32 images stay in its caches.
 WIDTHS = {"cpu": (1, 8, 32), "gpu": (1, 16, 256)}
+PASSES = {"cpu": 2}  # side by side in a call longer than a batch; others have 1
 Numbers = ArrayLike | Sequence[float]
 
 
@@ -79,6 +84,9 @@ class EarlyExit:
     mean, std: [channels] pixel statistics the network was trained with.
     measure: confidence, one of `exit_policy.MEASURES`.
     class_names: C names, for those who export the network.
+
+  Raises:
+    ValueError: weights that are not finite, or thresholds that do not fit.
   """
 
   def __init__(self, backbone: Backbone, variables: PyTree,
@@ -88,9 +96,11 @@ class EarlyExit:
     self.class_names = class_names
     self.mean, self.std = np.float32(mean), np.float32(std)
     self.variables = jax.tree.map(np.asarray, variables)
+    _check_finite(self.variables)
     self.thresholds = self._checked_thresholds(thresholds)
     self._splits: dict[tuple[int, Any], deferral.Split] = {}
     self._examples: dict[tuple[int, Any], PyTree] = {}
+    self._warm: set[int] = set()  # widths whose programs are compiled
     # Stages of one pass are jitted apart: the carry decides the shapes.
     self._programs = [jax.jit(functools.partial(self.stage, k))
                       for k in range(backbone.num_exits)]
@@ -143,12 +153,29 @@ class EarlyExit:
   def predict(self, images: ArrayLike) -> Answers:
     """Answers for images [N H W channels]; stages stop for who has left.
 
+    On a CPU long calls run in threads, which JAX's context managers of the caller,
+    such as `jax.default_device`, do not reach.
+
     Raises:
       ValueError: not uint8 images of the size the network was trained on, or a
         NaN confidence.
     """
     images = self._checked(images)
-    return _Pass(self, images).run()
+    width = _width(len(images))
+    def run(part):
+      return _Pass(self, part, width).run()
+
+    passes = PASSES.get(jax.default_backend(), 1)
+    if passes == 1 or len(images) <= width:
+      answers = run(images)
+    else:
+      if width not in self._warm:
+        self.warm_up(len(images))  # or each pass would compile every program
+      with futures.ThreadPoolExecutor(passes) as pool:
+        parts = pool.map(run, np.array_split(images, passes))
+        answers = Answers(*map(np.concatenate, zip(*parts, strict=True)))
+    _refuse_nan(answers.confidence)
+    return answers
 
   def warm_up(self, num_images: int) -> None:
     """Compiles every program that a call with so many images can need."""
@@ -159,6 +186,7 @@ class EarlyExit:
       if k and width > 1:
         self._gather[k](state, state, index)
       state = program(state)
+    self._warm.add(width)
 
   def simulate(self, images: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """(predictions, confidences) [N K] at every exit, by predict's programs."""
@@ -226,12 +254,12 @@ class EarlyExit:
 
 
 class _Pass:
-  """One call of `predict`: who waits where."""
+  """Images on their way through the stages: who waits where."""
 
-  def __init__(self, network: EarlyExit, images: np.ndarray):
+  def __init__(self, network: EarlyExit, images: np.ndarray, width: int):
     num_images, self._num_exits = len(images), network.backbone.num_exits
     self._network, self._images = network, images
-    self._width = _width(num_images)
+    self._width = width
     self._waiting: list[_Waiting | None] = [None] * self._num_exits
     self._answers = Answers(
         np.empty(num_images, np.int32), np.empty(num_images, np.int32),
@@ -252,7 +280,6 @@ class _Pass:
       rest, self._waiting[k] = self._waiting[k], None
       if rest is not None:
         self._run_stage(k, *rest)
-    _refuse_nan(self._answers.confidence)
     return self._answers
 
   def _run_stage(self, k, state, rows, images) -> None:
@@ -316,12 +343,23 @@ def _padded(images: np.ndarray, width: int) -> np.ndarray:
   return np.pad(images, [(0, missing)] + [(0, 0)] * 3) if missing else images
 
 
+def _check_finite(variables: PyTree) -> None:
+  broken = [jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, x in jax.tree_util.tree_leaves_with_path(variables)
+            if not np.isfinite(x).all()]
+  if broken:
+    raise ValueError(
+        f"the network's weights are not finite in {len(broken)} arrays, such as "
+        f"{broken[0]}, so images would have no exit; use a checkpoint from before "
+        "its training diverged")
+
+
 def _refuse_nan(confidence: np.ndarray) -> None:
   unknown = np.isnan(confidence).sum()
   if unknown:
     raise ValueError(
         f"confidence is NaN for {unknown} of {len(confidence)} images, so they "
-        "have no exit; look for NaN in the weights")
+        "have no exit; look for huge weights")
 
 
 def load(workdir: pathlib.Path | str) -> EarlyExit:

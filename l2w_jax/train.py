@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PyTree, UInt32
 from ml_collections import ConfigDict
 
 from l2w_jax import checkpoint, diagnostics, evaluate, models, parallel, weighting
@@ -51,37 +51,40 @@ def loss_edges(num_classes: int) -> np.ndarray:
 
 
 def make_block_fn(
-    backbone: Backbone, config: ConfigDict, key: Array, steps_per_epoch: int,
+    backbone: Backbone, config: ConfigDict, steps_per_epoch: int,
     num_devices: int, make_batch_fn: Callable = resident.make_batch_fn):
-  """(state, data, n) -> (state, Block) after n ≤ BLOCK steps, on all devices.
+  """(state, data, n, key) -> (state, Block) after n ≤ BLOCK steps, on all devices.
 
-  The state is donated. Data is what a feed gives for the first of the steps, n is
-  replicated over the devices.
+  The state is donated. Data is what a feed gives for the first of the steps; n and
+  key, the `key_data` of the feed's key, are replicated over the devices. The key is
+  no constant of the program, so that runs of other seeds compile the same one.
   """
   devices = parallel.collectives(num_devices, config.sync)
   step = step_body(
       backbone, config, steps_per_epoch=steps_per_epoch, devices=devices)
-  batch_fn = make_batch_fn(config, key, devices)
   names = ("train_loss", "meta_loss") if config.method == "l2w" else (
       "train_loss",)
   bin_width = 2 * math.log(backbone.num_classes) / LOSS_BINS
 
-  def one(i, carry, data):
-    state, block = carry
-    state, metrics = step(state, batch_fn(data, state.step))
-    bins = jnp.clip(metrics["losses"] // bin_width, 0, LOSS_BINS - 1)
-    onehot = jax.nn.one_hot(bins.astype(jnp.int32), LOSS_BINS)  # [2 B K M]
-    weights = metrics["weights"][..., None]
-    return state, Block(
-        {name: block.scalars[name].at[i].set(metrics[name]) for name in names},
-        block.weight_sum.at[i].set((onehot * weights).sum((0, 1))),
-        block.weight_count.at[i].set(onehot.sum((0, 1))))
+  def run(state: TrainState, data: PyTree, n: Int[Array, ""],
+          key: UInt32[Array, "2"]):
+    batch_fn = make_batch_fn(config, jax.random.wrap_key_data(key), devices)
 
-  def run(state: TrainState, data: PyTree, n: Int[Array, ""]):
+    def one(i, carry):
+      state, block = carry
+      state, metrics = step(state, batch_fn(data, state.step))
+      bins = jnp.clip(metrics["losses"] // bin_width, 0, LOSS_BINS - 1)
+      onehot = jax.nn.one_hot(bins.astype(jnp.int32), LOSS_BINS)  # [2 B K M]
+      weights = metrics["weights"][..., None]
+      return state, Block(
+          {name: block.scalars[name].at[i].set(metrics[name])
+           for name in names},
+          block.weight_sum.at[i].set((onehot * weights).sum((0, 1))),
+          block.weight_count.at[i].set(onehot.sum((0, 1))))
+
     empty = jnp.zeros((BLOCK, backbone.num_exits, LOSS_BINS))
     block = Block({name: jnp.zeros((BLOCK, 2)) for name in names}, empty, empty)
-    state, block = jax.lax.fori_loop(
-        0, n, lambda i, carry: one(i, carry, data), (state, block))
+    state, block = jax.lax.fori_loop(0, n, one, (state, block))
     mean_sum, mean_count = devices.mean_of_all(
         (block.weight_sum, block.weight_count))
     return state, block._replace(
@@ -155,17 +158,20 @@ class _Loop:
       state = parallel.replicate(state, self._num_devices)
       with contextlib.closing(feeds.make_feed(
           self._dataset, config, data_key, self._num_devices)) as feed:
-        run_block = self._compile(data_key, state, feed, step)
-        self._blocks(run_block, state, feed, step, checkpoints)
+        key = parallel.replicate(
+            jax.random.key_data(data_key), self._num_devices)
+        run_block = self._compile(key, state, feed, step)
+        self._blocks(
+            lambda *args: run_block(*args, key), state, feed, step, checkpoints)
     return True
 
   def _compile(self, key, state, feed, step):
     began = time.monotonic()
     with self._progress.compiling("the training step"):
       run_block = make_block_fn(
-          self._backbone, self._config, key, self._steps_per_epoch,
+          self._backbone, self._config, self._steps_per_epoch,
           self._num_devices, feed.make_batch_fn).lower(
-              state, feed.data(step), self._count(1)).compile()
+              state, feed.data(step), self._count(1), key).compile()
     with self._progress.compiling("the evaluation"):
       self._score = evaluate.compile_scorer(
           state.variables, self._backbone, self._dataset, self._config,

@@ -46,13 +46,14 @@ def outcome(name, num_devices):
   with jax.enable_x64(True):
     feed = feeds.make_feed(dataset, config, key, num_devices)
     run = train.make_block_fn(
-        backbone, config, key, order.steps_per_epoch(
+        backbone, config, order.steps_per_epoch(
             one_process.NUM_TRAIN, one_process.BATCH),
         num_devices, feed.make_batch_fn)
     state = parallel.replicate(state, num_devices)
     for step in range(one_process.STEPS):
       state, block = run(
-          state, feed.data(step), parallel.replicate(np.int32(1), num_devices))
+          state, feed.data(step), *parallel.replicate(
+              (np.int32(1), jax.random.key_data(key)), num_devices))
     feed.close()
     return jax.device_get(jax.tree.leaves(
         parallel.first((state, block), num_devices)))

@@ -181,14 +181,15 @@ def first_losses(num_devices):
   feed = make_feed(config, num_devices)
   state = parallel.replicate(
       init_state(jax.random.key(0), backbone, config), num_devices)
-  count = parallel.replicate(np.int32(1), num_devices)
+  count, key = parallel.replicate(
+      (np.int32(1), jax.random.key_data(jax.random.key(3))), num_devices)
   # Compiled ahead, as the loop does it, for arrays that are placed already.
   run = train.make_block_fn(
-      backbone, config, jax.random.key(3), STEPS, num_devices,
-      feed.make_batch_fn).lower(state, feed.data(0), count).compile()
+      backbone, config, STEPS, num_devices,
+      feed.make_batch_fn).lower(state, feed.data(0), count, key).compile()
   losses = []
   for step in range(2):
-    state, block = run(state, feed.data(step), count)
+    state, block = run(state, feed.data(step), count, key)
     losses += np.asarray(parallel.first(
         block, num_devices).scalars["meta_loss"])[0].tolist()
   feed.close()
