@@ -13,8 +13,8 @@ import time
 import jax
 import numpy as np
 
+from l2w_jax import checkpoint, early_exit, exit_policy, latency, models
 from l2w_jax import config as config_lib
-from l2w_jax import early_exit, exit_policy, latency, models
 from l2w_jax.data import sources
 
 MISMATCH_SAMPLES = 10_000
@@ -51,7 +51,7 @@ def cifar_shaped():
 
 def of_run(workdir):
   """(network, images) of an evaluated run."""
-  from l2w_jax import checkpoint
+  workdir = pathlib.Path(workdir)
   return (early_exit.load(workdir),
           sources.load(checkpoint.read_config(workdir).data).test.images)
 
