@@ -12,7 +12,8 @@ confidence is a threshold's another way. So exits equal those of `simulate`, whi
 runs the same programs without stopping, image for image.
 
 XLA:CPU runs one program at a time for each thread that asks, and the small late
-stages do not keep two cores busy. So on a CPU a long call is two passes side by side.
+stages do not keep two cores busy. So on a CPU a long call is two passes side by
+side.
 
 `answer` is for one image: one program, in which the device decides.
 

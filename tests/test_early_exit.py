@@ -1,5 +1,7 @@
 """Networks that stop: answers equal the simulated ones, image for image."""
 import json
+import pathlib
+import runpy
 import shutil
 
 import jax
@@ -204,6 +206,15 @@ def test_a_run_is_loaded_with_its_thresholds(workdir, tiny_config):
   np.testing.assert_allclose(
       np.bincount(answers.exit) / 360, chosen["exits"], rtol=1e-6)
   assert network.class_names == tuple("0123456789")
+
+
+def test_the_script_that_measures_takes_a_run(workdir, tiny_config):
+  root = pathlib.Path(__file__).parents[1]
+  script = runpy.run_path(str(root / "experiments/early_exit.py"))
+  network, images = script["of_run"](str(workdir))
+  assert network.class_names == tuple("0123456789")
+  np.testing.assert_array_equal(
+      images, sources.load(tiny_config.data).test.images)
 
 
 def test_what_does_not_fit_the_run_is_refused(workdir, tiny_config):
