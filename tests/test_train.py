@@ -7,6 +7,7 @@ import pytest
 
 import l2w_jax
 from l2w_jax import checkpoint, metrics_log, train
+from l2w_jax.data import resident, sources
 
 # What may differ between two runs of the same steps.
 CLOCK = "images_per_second"
@@ -174,3 +175,21 @@ def test_weights_against_loss_are_binned(finished):
   assert total / counts.sum() == pytest.approx(1, abs=1e-5)
   # 1 ± 0.8 · (u - mean u), |u| < 1, with two exits.
   assert all(0.2 < mean < 1.8 for mean in means[known])
+
+
+def test_runs_of_other_seeds_are_the_same_program(tiny_config):
+  """So that the compilation of one serves all, from the cache on disk."""
+  def program(seed):
+    tiny_config.seed = seed
+    dataset = sources.load(tiny_config.data)
+    backbone = l2w_jax.build_backbone(tiny_config.model, 10, (8, 8, 1))
+    init_key, data_key = jax.random.split(jax.random.key(seed))
+    state = l2w_jax.init_state(init_key, backbone, tiny_config)
+    return train.make_block_fn(backbone, tiny_config, 8, 1).lower(
+        state, resident.arrays(dataset), np.int32(1),
+        jax.random.key_data(data_key)).as_text()
+
+  first = program(0)
+  assert first == program(1)
+  tiny_config.epochs += 1  # changes the learning rate
+  assert first != program(0)
