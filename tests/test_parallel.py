@@ -158,11 +158,11 @@ def run_steps(
   """(replicas of the state [D ...], metrics) after some steps."""
   with jax.enable_x64(True):
     run = train.make_block_fn(
-        backbone, config, jax.random.key(1),
-        order.steps_per_epoch(NUM_TRAIN, BATCH), num_devices)
+        backbone, config, order.steps_per_epoch(NUM_TRAIN, BATCH), num_devices)
     state, block = run(*(
         parallel.replicate(x, num_devices) for x in (
-            state, resident.arrays(make_dataset(config)), np.int32(steps))))
+            state, resident.arrays(make_dataset(config)), np.int32(steps),
+            jax.random.key_data(jax.random.key(1)))))
     if num_devices == 1:
       state = jax.tree.map(lambda x: x[None], state)
     block = parallel.first(block, num_devices)
