@@ -1,6 +1,5 @@
 """Networks that stop: answers equal the simulated ones, image for image."""
 import json
-import pathlib
 import runpy
 import shutil
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from l2w_jax import config as config_lib
 from l2w_jax import early_exit, evaluate, exit_policy, models
@@ -209,8 +209,7 @@ def test_a_run_is_loaded_with_its_thresholds(workdir, tiny_config):
 
 
 def test_the_script_that_measures_takes_a_run(workdir, tiny_config):
-  root = pathlib.Path(__file__).parents[1]
-  script = runpy.run_path(str(root / "experiments/early_exit.py"))
+  script = runpy.run_path(str(ROOT / "experiments/early_exit.py"))
   network, images = script["of_run"](str(workdir))
   assert network.class_names == tuple("0123456789")
   np.testing.assert_array_equal(
