@@ -139,9 +139,11 @@ def after(tree: PyTree, known: PyTree) -> PyTree:
 
   What `model.remat` computes anew from them is then computed late, and not merged
   with the first time and kept. XLA drops optimization barriers before it merges
-  equal operations and puts them in order; a sum it has to keep.
+  equal operations and puts them in order; an index that it cannot foresee it has to
+  keep. It fuses a sum into every use, all terms with it.
   """
-  nothing = 0 * sum(x.ravel()[0] for x in jax.tree.leaves(known))
+  nothing = 0.0 * jnp.argmin(
+      jnp.stack([x.ravel()[0] for x in jax.tree.leaves(known)]))
   return jax.tree.map(
       lambda x: x + nothing.astype(x.dtype)
       if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

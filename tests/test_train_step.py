@@ -143,6 +143,17 @@ def test_rematerialisation_is_the_oracle():
   check_against_oracle(config)
 
 
+def test_waiting_compiles_to_as_much_as_there_is_to_wait_for():
+  # And not to that much in every use, which made compiling ten times as long.
+  def instructions(n):
+    lowered = jax.jit(lambda tree, known: [
+        jnp.tanh(x) @ x for x in train_step.after(tree, [2 * x for x in known])
+    ]).lower([jnp.ones((8, 8))] * n, [jnp.ones(4)] * n)
+    return lowered.compile().as_text().count(" = ")
+
+  assert instructions(40) < 2.5 * instructions(20)
+
+
 def test_one_unrolled_step_is_the_oracle():
   check_against_oracle(make_config(center_over="batch", estimator="unroll:1"))
 
