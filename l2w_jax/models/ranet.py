@@ -81,19 +81,20 @@ class DenseLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Image, low: Image | None, mode: Mode) -> Image:
-    def conv(x, features, *args, name):
-      layer = layers.BottleneckConv(
-          x.shape[-1], features, *args, initializer=self.initializer, name=name)
-      return layer(x, mode)
+    convs, images = [], []
+
+    def add(x, features, *args, name):
+      convs.append(layers.BottleneckConv(
+          x.shape[-1], features, *args, initializer=self.initializer, name=name))
+      images.append(x)
 
     from_low = 0 if low is None else math.floor(self.compress * self.growth)
-    new = conv(x, self.growth - from_low, self.bottleneck_factor, self.stride,
-               name="conv_normal")
-    size = new.shape[1:3]
-    parts = [layers.resize_bilinear(x, size)]
+    add(x, self.growth - from_low, self.bottleneck_factor, self.stride,
+        name="conv_normal")
     if low is not None:
-      up = conv(low, from_low, self.low_bottleneck_factor, name="conv_up")
-      parts.append(layers.resize_bilinear(up, size))
+      add(low, from_low, self.low_bottleneck_factor, name="conv_up")
+    new, *up = layers.bottleneck_convs(convs, images, mode)
+    parts = [layers.resize_bilinear(x, new.shape[1:3]) for x in [x, *up]]
     return jnp.concatenate([*parts, new], axis=-1)
 
 
