@@ -39,8 +39,9 @@ from flax import traverse_util
 from options import config_parser, one_line_errors, shape_and_classes
 
 import l2w_jax as l2w
-from l2w_jax import allocation, checkpoint
-from l2w_jax.train_step import half_step_body, step_body
+from l2w_jax.method import allocation
+from l2w_jax.run import files
+from l2w_jax.training.step import half_step_body, step_body
 
 STEPS_PER_EPOCH = 1000
 INTERVAL = 100
@@ -318,7 +319,7 @@ def run(config_file, overrides, path, *, remat=False, compile_only=False,
                        f"{about}; name another file with --out")
 
   def store():
-    checkpoint.write_atomically(path, json.dumps(results, indent=2) + "\n")
+    files.write(path, json.dumps(results, indent=2) + "\n")
 
   programs = {}
   wanted = {"forward": STEPS["uniform"]} | STEPS | (REMAT if remat else {})

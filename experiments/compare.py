@@ -27,8 +27,8 @@ from absl import flags
 from ml_collections import ConfigDict
 from options import literal
 
-from l2w_jax import command
 from l2w_jax import config as config_lib
+from l2w_jax.run import command, directory
 
 FLAGS = flags.FLAGS
 
@@ -91,10 +91,11 @@ def plan(
 
 def finish(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Trains, evaluates and reports one run, as far as not done yet."""
-  from l2w_jax import checkpoint, evaluate, report, train
+  from l2w_jax.results import evaluate, report
+  from l2w_jax.training import loop as train
 
-  checkpoint.check_same_run(workdir, config)
-  if not evaluate.is_finished(workdir, "scores.npz"):
+  directory.check_same_run(workdir, config)
+  if not directory.is_finished(workdir, "scores.npz"):
     train.train(workdir, config)
     evaluate.evaluate(workdir, config)
     report.write_report(workdir)
@@ -117,7 +118,8 @@ def _main(arguments: list[str]) -> None:
   for name in ("config", "workdir"):
     if not getattr(FLAGS, name):
       raise ValueError(f"--{name} is missing")
-  from l2w_jax import comparison, compile_cache
+  from l2w_jax.results import comparison
+  from l2w_jax.run import compile_cache
 
   runs = plan(FLAGS.config, parse_methods(FLAGS.methods), FLAGS.seeds,
               pathlib.Path(FLAGS.workdir))

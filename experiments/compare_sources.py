@@ -14,7 +14,7 @@ import json
 import pathlib
 
 from l2w_jax import config as config_lib
-from l2w_jax import train
+from l2w_jax.training import loop as train
 
 ROOT = pathlib.Path(__file__).parents[1]
 REDUCED = {

@@ -13,9 +13,12 @@ import time
 import jax
 import numpy as np
 
-from l2w_jax import checkpoint, early_exit, exit_policy, latency, models
 from l2w_jax import config as config_lib
+from l2w_jax import models
 from l2w_jax.data import sources
+from l2w_jax.exits import early_exit, latency
+from l2w_jax.exits import policy as exit_policy
+from l2w_jax.run import directory
 
 MISMATCH_SAMPLES = 10_000
 
@@ -53,7 +56,7 @@ def of_run(workdir):
   """(network, images) of an evaluated run."""
   workdir = pathlib.Path(workdir)
   return (early_exit.load(workdir),
-          sources.load(checkpoint.read_config(workdir).data).test.images)
+          sources.load(directory.read_config(workdir).data).test.images)
 
 
 def mismatches(network, images):

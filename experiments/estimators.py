@@ -5,8 +5,8 @@
 trains for some steps with the exact gradient, compares the estimators at the state
 reached, on one train half and M meta halves of train images, and prints a table for
 a README. The same numbers are stored, and noise and weights with them: it is a line
-of kind "diagnose" (`l2w_jax/diagnostics.py`). --estimators names others, and --set
-changes keys of the config.
+of kind "diagnose" (`l2w_jax/training/diagnostics.py`). --estimators names others,
+and --set changes keys of the config.
 """
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ import jax
 from options import config_parser, one_line_errors
 
 import l2w_jax as l2w
-from l2w_jax import checkpoint, diagnostics, report
 from l2w_jax.data import order, resident, sources
+from l2w_jax.results import report
+from l2w_jax.run import files
+from l2w_jax.training import diagnostics
 
 
 def trained(backbone, config, dataset, steps: int):
@@ -86,7 +88,7 @@ def main(arguments=None) -> None:
       config.diagnose.estimators = tuple(options.estimators)
     config.diagnose.half = config.batch // 2
     line = measure(l2w.config.validate(config), options.steps)
-  checkpoint.write_atomically(options.out, json.dumps(line, indent=2) + "\n")
+  files.write(options.out, json.dumps(line, indent=2) + "\n")
   print(table(line))
 
 

@@ -107,8 +107,8 @@ def count(config_file, overrides, num_devices) -> dict:
   import jax.numpy as jnp
 
   import l2w_jax as l2w
-  from l2w_jax import parallel
-  from l2w_jax.train_step import half_step_body
+  from l2w_jax.run import parallel
+  from l2w_jax.training.step import half_step_body
 
   config, backbone, shape = build(config_file, {
       **overrides, "meta.interval": 1, "microbatches": 1, "model.remat": False})
@@ -174,8 +174,8 @@ def measure(config_file, overrides, num_devices, rounds) -> dict:
   import numpy as np
 
   import l2w_jax as l2w
-  from l2w_jax import parallel
-  from l2w_jax.train_step import step_body
+  from l2w_jax.run import parallel
+  from l2w_jax.training.step import step_body
 
   config, backbone, shape = build(config_file, overrides)
   parallel.check_batch(config.batch, num_devices)

@@ -23,9 +23,9 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import command
 from l2w_jax import config as config_lib
 from l2w_jax.models.backbone import Backbone, Variables
+from l2w_jax.run import command, directory
 
 _RENAMED = {"convs": "m", "flows": "scale_flows", "first_layer": "FirstLayer",
             "transition": "trans"}
@@ -294,7 +294,8 @@ def write_workdir(
   Raises:
     ValueError: the directory holds a run already.
   """
-  from l2w_jax import checkpoint, train_state
+  from l2w_jax.training import checkpoint
+  from l2w_jax.training import state as train_state
   if (workdir / "config.json").exists():
     raise ValueError(f"workdir {workdir} holds a run already; name another")
   state = train_state.init_state(
@@ -303,7 +304,7 @@ def write_workdir(
   with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
     checkpoints.save(0, state, {
         "seconds": {"train": 0.0, "compile": 0.0}, "complete": True})
-  checkpoint.write_config(workdir, config)
+  directory.write_config(workdir, config)
 
 
 def build_backbone(config: ConfigDict) -> Backbone:
@@ -325,10 +326,10 @@ def convert(
 
 def export(workdir: pathlib.Path, path: pathlib.Path) -> None:
   """Writes the weights of a run directory as a released state_dict."""
-  from l2w_jax import checkpoint, evaluate
-  config = checkpoint.read_config(workdir)
+  from l2w_jax.training import checkpoint
+  config = directory.read_config(workdir)
   backbone = build_backbone(config)
-  state, _ = evaluate.restore(workdir, config, backbone)
+  state, _ = checkpoint.restore(workdir, config, backbone)
   save_torch(path, export_released(state.variables, backbone))
 
 

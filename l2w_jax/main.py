@@ -7,8 +7,8 @@ import sys
 import jax
 from absl import flags
 
-from l2w_jax import command
 from l2w_jax import config as config_lib
+from l2w_jax.run import command
 
 FLAGS = flags.FLAGS
 command.define_config(
@@ -35,16 +35,10 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
     ValueError: one line on what was wrong and what to do.
   """
   # Imported here, so that a mistyped flag is told at once.
-  from l2w_jax import (
-      checkpoint,
-      compile_cache,
-      evaluate,
-      export,
-      latency,
-      parallel,
-      report,
-      train,
-  )
+  from l2w_jax.exits import export, latency
+  from l2w_jax.results import evaluate, report
+  from l2w_jax.run import compile_cache, directory, parallel
+  from l2w_jax.training import loop as train
 
   say = print if parallel.is_writer() else lambda *_: None
   if workdir.exists() and not workdir.is_dir():
@@ -57,17 +51,17 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
     raise ValueError(f"--mode={mode} is for one process; start it alone")
   compile_cache.enable()
   if mode in ("evaluate", "report", "latency", "export") and parallel.is_writer():
-    made_with = checkpoint.read_config(workdir)
+    made_with = directory.read_config(workdir)
     if config is None:
       config = made_with
     else:
-      checkpoint.check_same_run(workdir, config)
+      directory.check_same_run(workdir, config)
   config = config_lib.from_dict(
       parallel.from_writer(config and config.to_dict()))
   if mode in ("all", "train") and not train.train(workdir, config):
     say(f"{workdir}: training had already finished")
     if mode == "all" and parallel.from_writer(
-        evaluate.is_finished(workdir, "report/index.html")):
+        directory.is_finished(workdir, "report/index.html")):
       say(f"nothing to do; see {workdir / 'report' / 'index.html'}")
       return
   if mode in ("all", "evaluate"):
@@ -105,7 +99,7 @@ def _main(arguments: list[str]) -> None:
   processes = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
   several = FLAGS.distributed or any(x is not None for x in processes)
   if several:
-    from l2w_jax import parallel
+    from l2w_jax.run import parallel
     parallel.initialize(*processes)
   try:
     run(FLAGS.mode, pathlib.Path(FLAGS.workdir), FLAGS.config)

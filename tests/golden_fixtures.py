@@ -13,7 +13,9 @@ import numpy as np
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
-from l2w_jax import convert, losses, train_step
+from l2w_jax import convert
+from l2w_jax.method import losses
+from l2w_jax.training import step as train_step
 
 CENTER_OVER = {"col": "exits", "row": "batch", "mat": "all"}
 INPUTS = {"loss": "loss", "conf": "confidence", "both": "both"}

@@ -12,7 +12,7 @@ import numpy as np
 import oracles
 import pytest
 
-from l2w_jax import allocation
+from l2w_jax.method import allocation
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 meta_loss = jax.jit(allocation.meta_loss)

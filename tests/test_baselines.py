@@ -5,21 +5,23 @@ import numpy as np
 import oracles
 import pytest
 from test_train_step import (
-    DIM,
-    LR,
-    STEPS_PER_EPOCH,
-    as_state,
-    check_against_oracle,
-    initial_values,
-    make_batch,
-    make_config,
+  DIM,
+  LR,
+  STEPS_PER_EPOCH,
+  as_state,
+  check_against_oracle,
+  initial_values,
+  make_batch,
+  make_config,
 )
 from toy import LinearExits
 
 import l2w_jax
-from l2w_jax import losses, train, train_step, weighting
+from l2w_jax.method import losses, weighting
 from l2w_jax.models import equilibrium
 from l2w_jax.models.layers import Mode
+from l2w_jax.training import loop as train
+from l2w_jax.training import step as train_step
 
 SHARE, TEMPERATURE = 0.3, 2.0
 FACTORS = np.array([1 / 3, 1 / 2, 1])

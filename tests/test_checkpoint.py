@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import l2w_jax
-from l2w_jax import checkpoint
+from l2w_jax.run import directory, files
+from l2w_jax.training import checkpoint
 
 INFO = {"seconds": {"train": 1.5}, "complete": False}
 
@@ -185,46 +186,46 @@ def test_a_resumed_run_replaces_the_damaged_steps_after_it(
 
 
 def test_config_json_is_the_config(tmp_path, tiny_config):
-  checkpoint.write_config(tmp_path, tiny_config)
+  directory.write_config(tmp_path, tiny_config)
   assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-  again = checkpoint.read_config(tmp_path)
+  again = directory.read_config(tmp_path)
   assert again == tiny_config and again.is_locked
-  checkpoint.check_same_run(tmp_path, tiny_config)
+  directory.check_same_run(tmp_path, tiny_config)
   moved = again.copy_and_resolve_references()
   with moved.unlocked():
     moved.data.data_dir, moved.num_devices = "elsewhere", 3
-  checkpoint.check_same_run(tmp_path, moved)
+  directory.check_same_run(tmp_path, moved)
   moved.data.pad = 2
   with pytest.raises(ValueError, match="config.data.pad is 2 here and 1 there"):
-    checkpoint.check_same_run(tmp_path, moved)
+    directory.check_same_run(tmp_path, moved)
 
 
 def test_broken_config_json_is_one_clear_error(tmp_path, tiny_config):
   path = tmp_path / "config.json"
   path.write_text('{"seed": ')
-  with pytest.raises(ValueError, match="config.json is not valid JSON"):
-    checkpoint.read_config(tmp_path)
+  with pytest.raises(ValueError, match="cannot use .*config.json"):
+    directory.read_config(tmp_path)
   values = tiny_config.to_dict()
   del values["seed"]
   path.write_text(json.dumps(values))
   with pytest.raises(ValueError, match="config.seed is missing"):
-    checkpoint.read_config(tmp_path)
+    directory.read_config(tmp_path)
   path.write_text("[]")
   with pytest.raises(ValueError, match="config.json"):
-    checkpoint.read_config(tmp_path)
+    directory.read_config(tmp_path)
 
 
 def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
   path = tmp_path / "x.txt"
-  checkpoint.write_atomically(path, "old")
+  files.write(path, "old")
 
   def fail(*unused):
     raise OSError("no space left")
 
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint.os, "replace", fail)
+    patch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
-      checkpoint.write_atomically(path, "new")
+      files.write(path, "new")
   assert path.read_text() == "old"
-  checkpoint.write_atomically(path, "new")
+  files.write(path, "new")
   assert path.read_text() == "new"

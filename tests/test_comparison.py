@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, tiny_flags
 from test_report import assert_picture, make_metrics, make_results
 
-from l2w_jax import comparison
 from l2w_jax import config as config_lib
+from l2w_jax.results import comparison
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import compare  # noqa: E402
@@ -169,7 +169,7 @@ def test_runs_that_cannot_be_compared(tmp_path):
       comparison.summarize(runs)
   run = write_run(tmp_path / "run", 0, 0)
   (run / "scores.npz").unlink()
-  with pytest.raises(ValueError, match="scores.npz, which is missing"):
+  with pytest.raises(ValueError, match="scores.npz is missing"):
     comparison.write(tmp_path, {"a": [run]})
 
 

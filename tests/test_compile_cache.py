@@ -2,7 +2,7 @@
 import jax
 import pytest
 
-from l2w_jax import compile_cache
+from l2w_jax.run import compile_cache
 
 
 @pytest.fixture

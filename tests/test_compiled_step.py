@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, TINY
 
 import l2w_jax
-from l2w_jax.train_step import half_step_body, step_body
+from l2w_jax.training.step import half_step_body, step_body
 
 HALF = 4
 

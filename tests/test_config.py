@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import meta
+from l2w_jax.method import meta
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs/digits.py")

@@ -13,7 +13,8 @@ import pytest
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
-from l2w_jax import convert, evaluate
+from l2w_jax import convert
+from l2w_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 NETWORKS = {
@@ -189,7 +190,7 @@ def test_a_run_directory_of_released_weights(tmp_path):
   convert.write_workdir(
       convert.import_released(state_dict, backbone), config, backbone,
       tmp_path / "run")
-  state, info = evaluate.restore(tmp_path / "run", config, backbone)
+  state, info = checkpoint.restore(tmp_path / "run", config, backbone)
   assert info["complete"]
   assert int(state.step) == 0
   assert_equal(convert.export_released(

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2w_jax import deferral
+from l2w_jax.exits import deferral
 
 
 def grid(x):

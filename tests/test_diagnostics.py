@@ -11,8 +11,11 @@ from toy import LinearExits
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import diagnostics, evaluate, metrics_log, report, train
 from l2w_jax.data import sources
+from l2w_jax.results import evaluate, report
+from l2w_jax.run import directory
+from l2w_jax.training import diagnostics
+from l2w_jax.training import loop as train
 
 
 def test_error_of_an_estimate_by_hand():
@@ -143,16 +146,6 @@ def test_what_cannot_be_diagnosed_is_refused(overrides, message):
     digits_config(**{"diagnose.every": 5, **overrides})
 
 
-def test_lines_are_read_by_kind_and_step(tmp_path):
-  assert metrics_log.read(tmp_path, "diagnose") == []
-  lines = [{"kind": "diagnose", "step": 5, "x": 1}, {"kind": "train", "step": 6},
-           {"kind": "diagnose", "step": 0, "x": 2},
-           {"kind": "diagnose", "step": 5, "x": 3}]
-  (tmp_path / "metrics.jsonl").write_text(
-      "\n".join(map(json.dumps, lines)) + '\n{"kind": "dia')
-  assert [x["x"] for x in metrics_log.read(tmp_path, "diagnose")] == [2, 3]
-
-
 def test_a_summary_averages_errors_and_keeps_both_ends(line):
   first = line | {"step": 0}
   rows = {name: dict(row) for name, row in line["estimators"].items()}
@@ -190,7 +183,7 @@ def test_a_run_is_diagnosed_and_not_changed(finished, tmp_path):
   ours, theirs = (final_state(x, config)[0] for x in (workdir, finished.workdir))
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-  lines = metrics_log.read(workdir, "diagnose")
+  lines = directory.read_metrics(workdir)["diagnose"]
   assert [x["step"] for x in lines] == [0, 5, 10, 15]
   assert all(x["estimators"]["jvp"]["relative_error"] < 1e-3 for x in lines)
   evaluate.evaluate(workdir, config)

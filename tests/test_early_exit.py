@@ -10,8 +10,11 @@ import pytest
 from conftest import ROOT
 
 from l2w_jax import config as config_lib
-from l2w_jax import early_exit, evaluate, exit_policy, models
+from l2w_jax import models
 from l2w_jax.data import sources
+from l2w_jax.exits import early_exit
+from l2w_jax.exits import policy as exit_policy
+from l2w_jax.results import evaluate
 
 
 def make_network(name="msdnet", measure="probability", **overrides):

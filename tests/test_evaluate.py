@@ -9,8 +9,10 @@ import oracles
 import pytest
 from toy import LinearExits
 
-from l2w_jax import evaluate, exit_policy
 from l2w_jax.data import sources
+from l2w_jax.exits import policy as exit_policy
+from l2w_jax.results import evaluate
+from l2w_jax.training import scores
 
 SHAPE, CLASSES, EXITS = (2, 3, 1), LinearExits.num_classes, LinearExits.num_exits
 
@@ -31,29 +33,29 @@ def make_dataset(num):
 @pytest.mark.parametrize("num, batch", [(23, 7), (21, 7), (5, 8), (8, 8), (1, 3)])
 def test_every_sample_is_scored_once_and_in_order(
     tiny_config, num, batch, monkeypatch):
-  monkeypatch.setattr(evaluate, "LOGITS_KEPT", 13)
+  monkeypatch.setattr(scores, "LOGITS_KEPT", 13)
   tiny_config.evaluate.batch = batch
   dataset = make_dataset(num)
   weight = np.random.default_rng(3).normal(size=(EXITS, 6, CLASSES))
   variables = {"params": {"weight": jnp.asarray(weight, jnp.float32)},
                "batch_stats": {"mean": jnp.zeros((EXITS, CLASSES))}}
-  score = evaluate.compile_scorer(
+  score = scores.compile_scorer(
       variables, LinearExits(), dataset, tiny_config, 1)
   for split in (dataset.calibration, dataset.test):
-    scores = score(variables, split)
+    found = score(variables, split)
     x = (split.images.reshape(num, -1) - 100.0) / 50.0
     logits = np.einsum("bd,kdc->bkc", x, weight)
     np.testing.assert_allclose(
-        scores.logits, logits[:13], rtol=1e-4, atol=1e-4)
+        found.logits, logits[:13], rtol=1e-4, atol=1e-4)
     probability = oracles.softmax(logits)
     # Float32 against float64, logits of up to about ten.
     np.testing.assert_allclose(
-        scores.confidence, probability.max(-1), rtol=2e-5)
-    np.testing.assert_array_equal(scores.prediction, probability.argmax(-1))
+        found.confidence, probability.max(-1), rtol=2e-5)
+    np.testing.assert_array_equal(found.prediction, probability.argmax(-1))
     np.testing.assert_array_equal(
-        scores.correct, scores.prediction == split.labels[:, None])
-    assert scores.confidence.dtype == np.float32
-    assert scores.prediction.dtype == np.int32
+        found.correct, found.prediction == split.labels[:, None])
+    assert found.confidence.dtype == np.float32
+    assert found.prediction.dtype == np.int32
 
 
 def make_scores(num, seed):
@@ -62,7 +64,7 @@ def make_scores(num, seed):
   # A grid, so that there are ties.
   confidence = (rng.integers(1, 30, (num, EXITS)) / 30).astype(np.float32)
   logits = rng.normal(size=(num, EXITS, CLASSES)).astype(np.float32)
-  return evaluate.Scores(confidence, prediction, prediction == 1, logits)
+  return scores.Scores(confidence, prediction, prediction == 1, logits)
 
 
 def test_curves_are_the_oracles():

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from l2w_jax import exit_policy
+from l2w_jax.exits import policy as exit_policy
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 THRESHOLD_FILES = sorted(GOLDEN.glob("threshold_*.npz"))

@@ -4,7 +4,8 @@ import numpy as np
 import oracles
 import pytest
 
-from l2w_jax import exit_policy, exit_targets
+from l2w_jax.exits import policy as exit_policy
+from l2w_jax.exits import targets as exit_targets
 
 MACS = np.array([1e6, 3e6, 7e6])
 

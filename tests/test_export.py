@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_main
 
-from l2w_jax import early_exit, export
 from l2w_jax.data import sources
+from l2w_jax.exits import early_exit, export
 
 LOADER = ROOT / "experiments/run_export.py"
 

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from test_early_exit import make_images, make_network, thresholds_for
 
-from l2w_jax import exit_policy, latency
+from l2w_jax.exits import latency
+from l2w_jax.exits import policy as exit_policy
 
 
 def test_every_way_is_timed_beside_its_simulated_cost():

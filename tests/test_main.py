@@ -8,7 +8,10 @@ import pytest
 from conftest import ROOT, run_main, tiny_flags
 
 from l2w_jax import config as config_lib
-from l2w_jax import evaluate, main, parallel, train
+from l2w_jax import main
+from l2w_jax.run import parallel
+from l2w_jax.training import loop as train
+from l2w_jax.training import scores
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -108,7 +111,7 @@ def contents(workdir):
 def test_running_again_says_so_and_returns_at_once(
     workdir, tiny_config, capsys, monkeypatch):
   monkeypatch.setattr(train, "make_block_fn", None)
-  monkeypatch.setattr(evaluate, "compile_scorer", None)
+  monkeypatch.setattr(scores, "compile_scorer", None)
   before = contents(workdir)
   main.run("all", workdir, tiny_config)
   out = capsys.readouterr()

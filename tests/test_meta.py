@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2w_jax import meta, weighting
+from l2w_jax.method import meta, weighting
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from toy import LinearExits, NormalizedExits
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import microbatches
 from l2w_jax.models.backbone import Backbone
+from l2w_jax.training import microbatches
 
 
 class InParts(Backbone):

@@ -19,11 +19,15 @@ from toy import LinearExits
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import evaluate, parallel, train, train_step, weighting
-from l2w_jax import losses as losses_lib
 from l2w_jax.data import order, resident, sources
+from l2w_jax.method import losses as losses_lib
+from l2w_jax.method import weighting
 from l2w_jax.models import wpn
-from l2w_jax.train_state import adam, apply_updates, sgd
+from l2w_jax.run import parallel
+from l2w_jax.training import loop as train
+from l2w_jax.training import scores
+from l2w_jax.training import step as train_step
+from l2w_jax.training.state import adam, apply_updates, sgd
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, NUM_TRAIN = 2, 16, 40
@@ -296,15 +300,15 @@ def compare_scores(num_devices: int) -> bool:
   """Whether a split whose size no batch divides scores the same."""
   config, backbone = make_config(), Linear()
   dataset = make_dataset(config)
-  scores = []
+  found = []
   for n in (1, num_devices):
     variables = parallel.replicate(backbone.init(jax.random.key(0)), n)
-    score = evaluate.compile_scorer(variables, backbone, dataset, config, n)
-    scores.append(score(variables, dataset.test))
-  for a, b in zip(*scores, strict=True):
+    score = scores.compile_scorer(variables, backbone, dataset, config, n)
+    found.append(score(variables, dataset.test))
+  for a, b in zip(*found, strict=True):
     # Batches of another size may be summed in another order.
     np.testing.assert_allclose(a, b, rtol=1e-5)
-  return len(scores[1].confidence) == len(dataset.test.labels)
+  return len(found[1].confidence) == len(dataset.test.labels)
 
 
 def print_grid(cases, *arguments):

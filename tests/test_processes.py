@@ -16,8 +16,9 @@ import pytest
 import test_parallel as one_process
 from conftest import ROOT, tiny_flags
 
-from l2w_jax import evaluate, parallel, train
 from l2w_jax.data import feeds, order, sources
+from l2w_jax.run import parallel
+from l2w_jax.training import loop as train
 
 CASES = {
     "linear exits": ("linear", "exits", "resident"),
@@ -63,7 +64,7 @@ def scores(num_devices):
   """Confidences on a split whose size no batch divides."""
   config, backbone, _, dataset = start_case("linear all")
   variables = parallel.replicate(backbone.init(jax.random.key(0)), num_devices)
-  score = evaluate.compile_scorer(
+  score = scores.compile_scorer(
       variables, backbone, dataset, config, num_devices)
   return score(variables, dataset.test).confidence
 

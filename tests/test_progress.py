@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from l2w_jax.progress import Progress, duration
+from l2w_jax.run.progress import Progress, duration
 
 
 class Clock:

@@ -12,8 +12,10 @@ from conftest import ROOT
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import models, train_step, weighting
+from l2w_jax import models
+from l2w_jax.method import weighting
 from l2w_jax.models.backbone import Backbone
+from l2w_jax.training import step as train_step
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from l2w_jax.report import (
-  _parse_metrics,
+from l2w_jax.results.report import (
   draw_curves,
   draw_samples,
   write_report,
 )
+from l2w_jax.run import directory
 
 ROOT = pathlib.Path(__file__).parents[1]
 PICTURES = {"curves.png", "exits.png", "samples.png", "training.png"}
@@ -226,7 +226,7 @@ def test_a_step_repeated_after_a_resume_counts_once():
   lines = [{"kind": "train", "step": step, "epoch": 1, "train_loss": loss}
            for step, loss in [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)]]
   data = "\n".join(json.dumps(line) for line in lines).encode()
-  train = _parse_metrics(data)["train"]
+  train = directory._parse_metrics(data)["train"]
   assert [(line["step"], line["train_loss"]) for line in train] == [
     (1, 3.0), (2, 2.5), (3, 1.0)]
 
@@ -242,7 +242,7 @@ def test_missing_or_broken_file_is_named_with_what_to_run(
     write_report(tmp_path)
   path.unlink()
   with pytest.raises(
-      ValueError, match=f"{name}, which is missing.*--mode={mode}"):
+      ValueError, match=f"{name} is missing.*--mode={mode}"):
     write_report(tmp_path)
   assert not (tmp_path / "report").exists()
 
@@ -288,7 +288,7 @@ def test_samples_of_different_length_are_refused(tmp_path):
 
 
 def test_import_leaves_matplotlib_out():
-  code = ("import sys, l2w_jax.report; "
+  code = ("import sys, l2w_jax.results.report; "
           "assert not {'matplotlib', 'tensorflow'} & set(sys.modules)")
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

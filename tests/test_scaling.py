@@ -19,7 +19,8 @@ PAGE = (ROOT / "experiments/scaling.md").read_text(encoding="utf-8")
 # Reads lists of arguments and prints what the command line makes of them.
 PARSE = """
 import json, sys
-from l2w_jax import command, main, parallel
+from l2w_jax import main
+from l2w_jax.run import command, parallel
 from l2w_jax import config as config_lib
 for line in json.load(sys.stdin):
   for flag in ("distributed", "coordinator", "process_id", "num_processes"):

@@ -11,8 +11,10 @@ import pytest
 from conftest import ROOT
 
 from l2w_jax import config as config_lib
-from l2w_jax import evaluate, parallel, train
 from l2w_jax.data import feeds, order, sources, streaming
+from l2w_jax.results import evaluate
+from l2w_jax.run import parallel
+from l2w_jax.training import loop as train
 
 BATCH, STEPS = 64, 4  # of 1,077 digits cut down to 270: 14 are left out
 
@@ -176,7 +178,7 @@ def first_losses(num_devices):
       return {"params": {"weight": 0.1 * weight},
               "batch_stats": {"mean": np.zeros((3, 10), np.float32)}}
 
-  from l2w_jax.train_state import init_state
+  from l2w_jax.training.state import init_state
   config, backbone = make_config(), Linear()
   feed = make_feed(config, num_devices)
   state = parallel.replicate(

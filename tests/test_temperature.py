@@ -3,7 +3,7 @@ import numpy as np
 import oracles
 import pytest
 
-from l2w_jax import temperature
+from l2w_jax.exits import temperature
 
 
 def make_logits(num=400, seed=0):

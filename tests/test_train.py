@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import l2w_jax
-from l2w_jax import checkpoint, metrics_log, train
 from l2w_jax.data import resident, sources
+from l2w_jax.training import checkpoint, metrics_log
+from l2w_jax.training import loop as train
 
 # What may differ between two runs of the same steps.
 CLOCK = "images_per_second"

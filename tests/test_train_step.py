@@ -19,8 +19,8 @@ from toy import LinearExits
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax import train_step
-from l2w_jax.train_state import TrainState, adam, sgd
+from l2w_jax.training import step as train_step
+from l2w_jax.training.state import TrainState, adam, sgd
 
 DIM, HIDDEN, LR, WPN_LR = 5, 6, 0.4, 0.05
 STEPS_PER_EPOCH, EPOCHS = 3, 2

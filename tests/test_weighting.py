@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2w_jax import losses, weighting
+from l2w_jax.method import losses, weighting
 
 OUTPUT = np.array([[0.2, 0.6], [-0.4, 0.0]])
 

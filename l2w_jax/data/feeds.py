@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from l2w_jax import parallel
 from l2w_jax.data.resident import ResidentFeed
 from l2w_jax.data.sources import Dataset, LazyImages
 from l2w_jax.data.streaming import StreamingFeed
 from l2w_jax.data.streaming import batches as lazy_batches
+from l2w_jax.run import parallel
 
 Feed = ResidentFeed | StreamingFeed
 

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from l2w_jax import parallel
 from l2w_jax.data import augment, order
 from l2w_jax.data.order import Batch
 from l2w_jax.data.sources import Dataset
-from l2w_jax.parallel import ONE_DEVICE, Collectives
+from l2w_jax.run import parallel
+from l2w_jax.run.parallel import ONE_DEVICE, Collectives
 
 
 def arrays(dataset: Dataset) -> Batch:

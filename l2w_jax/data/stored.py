@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from absl import logging
 
-from l2w_jax import compile_cache
 from l2w_jax.data import pixels
-from l2w_jax.progress import Progress
+from l2w_jax.run import compile_cache
+from l2w_jax.run.progress import Progress
 
 CHUNK = 64  # images that a thread takes at a time
 

@@ -7,8 +7,6 @@ stepped over, with a warning, in favour of the one before.
 """
 from __future__ import annotations
 
-import json
-import os
 import pathlib
 import zlib
 from typing import Any
@@ -20,62 +18,9 @@ from absl import logging
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import config as config_lib
-from l2w_jax import parallel
-
-# Keys that may change when a run is resumed; all others shape its result.
-FREE_KEYS = (
-    "evaluate", "log", "checkpoint", "diagnose", "num_devices", "data.data_dir",
-    "model.remat")
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces a file by `text`; a reader sees the old or the new one whole."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
-
-
-def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """config.json: every key of the run."""
-  write_atomically(
-      workdir / "config.json",
-      json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-
-
-def read_config(workdir: pathlib.Path) -> ConfigDict:
-  """The config a run directory was made with, validated.
-
-  Raises:
-    ValueError: the directory is missing, holds no run, or a broken config.
-  """
-  path = workdir / "config.json"
-  if not workdir.is_dir():
-    raise ValueError(f"workdir {workdir} does not exist; train one first with "
-                     "--mode=train")
-  if not path.is_file():
-    raise ValueError(f"workdir {workdir} holds no run (no config.json); train "
-                     "one first with --mode=train")
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not valid JSON ({error}); restore it or "
-                     "train into another workdir") from error
-  if not isinstance(values, dict):
-    raise ValueError(f"{path} holds no keys; restore it or train into another "
-                     "workdir")
-  return config_lib.validate(config_lib.from_dict(values))
-
-
-def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Raises ValueError if the run directory was made with another config."""
-  if not (workdir / "config.json").exists():
-    return
-  changed = config_lib.differences(config, read_config(workdir), FREE_KEYS)
-  if changed:
-    raise ValueError(
-        f"workdir {workdir} was made with another config: config.{changed[0]}; "
-        "use another workdir, or the same config to resume")
+from l2w_jax.models.backbone import Backbone
+from l2w_jax.run import directory, parallel
+from l2w_jax.training.state import TrainState, abstract_state
 
 
 def digests(state: PyTree) -> dict[str, int]:
@@ -186,3 +131,20 @@ class Checkpoints:
       if found.shape != wanted.shape:
         raise ValueError(f"an array is {found.shape}, not {wanted.shape}")
     return restored.state, info
+
+
+def restore(
+    workdir: pathlib.Path, config: ConfigDict, backbone: Backbone,
+) -> tuple[TrainState, dict[str, Any]]:
+  """(state, info) of the latest sound checkpoint of a run directory.
+
+  Raises:
+    ValueError: there is none, or the run was for other classes or images.
+  """
+  directory.check_same_images(workdir, backbone.num_classes, backbone.image_shape)
+  with Checkpoints(workdir) as checkpoints:
+    restored = checkpoints.restore(abstract_state(backbone, config))
+  if restored is None:
+    raise ValueError(f"workdir {workdir} has no checkpoint yet; train it first "
+                     "with --mode=train")
+  return restored

@@ -25,7 +25,6 @@ images, K exits, W the width.
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from concurrent import futures
@@ -38,15 +37,21 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from l2w_jax import checkpoint, deferral, evaluate, exit_policy, models
+from l2w_jax import models
 from l2w_jax.data import augment
+from l2w_jax.exits import deferral
+from l2w_jax.exits import policy as exit_policy
 from l2w_jax.models.backbone import Backbone
+from l2w_jax.run import directory
+from l2w_jax.training import checkpoint
 
 # Widths of the batches by backend, others having those of a GPU. All programs of a
 # stage, gathering ones included, are at most log2 of the largest width + 1. On a
 # CPU the arrays of 32 images stay in its caches.
 WIDTHS = {"cpu": (1, 8, 32), "gpu": (1, 16, 256)}
 PASSES = {"cpu": 2}  # side by side in a call longer than a batch; others have 1
+NEEDED = ("num_classes", "image_shape", "class_names", "mean", "std",
+          "confidence", "chosen")  # of results.json
 Numbers = ArrayLike | Sequence[float]
 
 
@@ -371,11 +376,11 @@ def load(workdir: pathlib.Path | str) -> EarlyExit:
       after its evaluation.
   """
   workdir = pathlib.Path(workdir)
-  config = checkpoint.read_config(workdir)
-  results = read_results(workdir)
+  config = directory.read_config(workdir)
+  results = directory.read_results(workdir, *NEEDED)
   backbone = models.build_backbone(
       config.model, results["num_classes"], tuple(results["image_shape"]))
-  state, _ = evaluate.restore(workdir, config, backbone)
+  state, _ = checkpoint.restore(workdir, config, backbone)
   if int(state.step) != results["step"]:
     raise ValueError(
         f"{workdir / 'results.json'} is of step {results['step']}, the latest "
@@ -384,22 +389,3 @@ def load(workdir: pathlib.Path | str) -> EarlyExit:
       backbone, jax.device_get(state.variables),
       np.float32(results["chosen"]["thresholds"]), results["mean"],
       results["std"], results["confidence"], tuple(results["class_names"]))
-
-
-def read_results(workdir: pathlib.Path) -> dict[str, Any]:
-  """results.json of a run directory.
-
-  Raises:
-    ValueError: it is missing, broken or of an earlier version.
-  """
-  path = workdir / "results.json"
-  try:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("chosen", "budgeted", "class_names", "confidence", "step"):
-      results[name]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    reason = "missing" if isinstance(error, OSError) else f"unusable ({error})"
-    raise ValueError(
-        f"{path} is {reason}; run `python -m l2w_jax.main --mode=evaluate "
-        f"--workdir={workdir}` first, which writes it") from error
-  return results

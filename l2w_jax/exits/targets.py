@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
-from l2w_jax import exit_policy
+from l2w_jax.exits import policy as exit_policy
 
 FAMILY_QS = np.geomspace(1e-3, 1e3, 241)
 FORMS = "q:Q, macs:M, accuracy:A or risk:R:DELTA"

@@ -25,9 +25,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from l2w_jax import checkpoint, early_exit, evaluate, exit_policy
 from l2w_jax.data import sources
-from l2w_jax.progress import Progress
+from l2w_jax.exits import early_exit
+from l2w_jax.exits import policy as exit_policy
+from l2w_jax.run import directory, files
+from l2w_jax.run.progress import Progress
 
 # Batch size -> (rounds, calls in a row): timed calls of each way of running.
 CALLS = {1: (20, 20), 256: (8, 1)}
@@ -56,9 +58,9 @@ def measure(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
       trained on.
   """
   network = early_exit.load(workdir)
-  results = early_exit.read_results(workdir)
+  results = directory.read_results(workdir)
   dataset = sources.load(config.data)
-  evaluate.check_same_images(
+  directory.check_same_images(
       workdir, dataset.num_classes, dataset.image_shape)
   points = {f"target {results['chosen']['target']}": network.thresholds}
   for row in results["budgeted"]:
@@ -70,7 +72,7 @@ def measure(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
       "device": {"platform": jax.default_backend(),
                  "kind": jax.local_devices()[0].device_kind},
       "jax": jax.__version__, "rows": rows}
-  checkpoint.write_atomically(
+  files.write(
       workdir / "latency.json", json.dumps(latency, indent=2) + "\n")
   return latency
 

@@ -20,14 +20,17 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree, UInt32
 from ml_collections import ConfigDict
 
-from l2w_jax import checkpoint, diagnostics, evaluate, models, parallel, weighting
 from l2w_jax import config as config_lib
+from l2w_jax import models
 from l2w_jax.data import feeds, order, resident, sources
-from l2w_jax.metrics_log import MetricsLog
+from l2w_jax.method import weighting
 from l2w_jax.models.backbone import Backbone
-from l2w_jax.progress import Progress
-from l2w_jax.train_state import TrainState, abstract_state, init_state
-from l2w_jax.train_step import learning_rates, step_body
+from l2w_jax.run import directory, parallel
+from l2w_jax.run.progress import Progress
+from l2w_jax.training import checkpoint, diagnostics, scores
+from l2w_jax.training.metrics_log import MetricsLog
+from l2w_jax.training.state import TrainState, abstract_state, init_state
+from l2w_jax.training.step import learning_rates, step_body
 
 BLOCK = 50  # most steps under one dispatch
 BLOCK_SECONDS = 2.0  # about; fewer steps for slow ones, so that progress shows
@@ -115,10 +118,10 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
         config.baseline.exit_weights, backbone.num_exits)
   loop = _Loop(workdir, config, dataset, backbone, num_devices)
   if parallel.is_writer():
-    checkpoint.check_same_run(workdir, config)
+    directory.check_same_run(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
-      checkpoint.write_config(workdir, config)
+      directory.write_config(workdir, config)
   with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
     return loop.run(checkpoints)
 
@@ -173,7 +176,7 @@ class _Loop:
           self._num_devices, feed.make_batch_fn).lower(
               state, feed.data(step), self._count(1), key).compile()
     with self._progress.compiling("the evaluation"):
-      self._score = evaluate.compile_scorer(
+      self._score = scores.compile_scorer(
           state.variables, self._backbone, self._dataset, self._config,
           self._num_devices)
     self._diagnosis = None
@@ -296,10 +299,10 @@ class _Loop:
   def _evaluate(self, state: TrainState, step: int) -> None:
     if not len(self._dataset.calibration.labels):
       return
-    scores = self._score(state.variables, self._dataset.calibration)
+    found = self._score(state.variables, self._dataset.calibration)
     self._write("evaluate", step, {
         "split": "calibration",
-        "accuracy": scores.correct.mean(axis=0).tolist()})
+        "accuracy": found.correct.mean(axis=0).tolist()})
 
 
 def _mean_of_known(rows: np.ndarray) -> np.ndarray:

@@ -23,13 +23,14 @@ import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import allocation, meta, microbatches, weighting
 from l2w_jax import config as config_lib
-from l2w_jax import losses as losses_lib
+from l2w_jax.method import allocation, meta, weighting
+from l2w_jax.method import losses as losses_lib
 from l2w_jax.models import equilibrium, wpn
 from l2w_jax.models.backbone import Backbone
-from l2w_jax.parallel import ONE_DEVICE, Collectives
-from l2w_jax.train_state import TrainState, adam, apply_updates, sgd
+from l2w_jax.run.parallel import ONE_DEVICE, Collectives
+from l2w_jax.training import microbatches
+from l2w_jax.training.state import TrainState, adam, apply_updates, sgd
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, PyTree]

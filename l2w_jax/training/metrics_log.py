@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from l2w_jax import checkpoint, parallel
+from l2w_jax.run import files, parallel
 
 
 class MetricsLog:
@@ -25,7 +25,7 @@ class MetricsLog:
     path = workdir / "metrics.jsonl"
     if path.exists():
       lines = path.read_text(encoding="utf-8").splitlines()
-      checkpoint.write_atomically(path, "".join(
+      files.write(path, "".join(
           line + "\n" for line in lines if _step(line) <= step))
     self._file = path.open("a", encoding="utf-8")
     self._events = _events(workdir, step)
@@ -62,19 +62,6 @@ class MetricsLog:
       self._file.flush()
     if self._events is not None:
       self._events.flush()
-
-
-def read(workdir: pathlib.Path, kind: str) -> list[dict[str, Any]]:
-  """The lines of one kind, by step; of a step written twice, the later one."""
-  path, found = workdir / "metrics.jsonl", {}
-  if not path.exists():
-    return []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-      entry = json.loads(line)
-      if entry["kind"] == kind:
-        found[entry["step"]] = entry
-  return [found[step] for step in sorted(found)]
 
 
 def _step(line: str) -> float:

@@ -12,40 +12,13 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import pathlib
-import zipfile
-from collections.abc import Callable
 from html import escape
 from typing import Any
 
 import numpy as np
 
-
-def _keys(names: str) -> dict[str, None]:
-  return dict.fromkeys(names.split())
-
-
-# What the inputs must hold: {name: what is inside it, if that is looked at}; a
-# list stands for any number of entries of one shape.
-RESULTS_SHAPE = _keys("method dataset params params_to_exit macs step versions"
-                      " complete") | {
-  "samples": _keys("train calibration test"),
-  "seconds": _keys("train"),
-  "device": _keys("platform kind count"),
-  "anytime": [_keys("exit macs accuracy calibration_accuracy")],
-  "budgeted": [
-    _keys("q thresholds calibration_accuracy accuracy macs exits")]}
-LATENCY_SHAPE = {
-  "step": None, "device": _keys("platform kind"),
-  "rows": [_keys("kind point batch calls macs p50_ms p95_ms images_per_second"
-                 " speedup speedup_by_macs")]}
-METRIC_SHAPES = {
-  "train": _keys("step epoch"), "evaluate": _keys("step epoch accuracy"),
-  "weights": _keys("step epoch loss_bins mean_weight"),
-  "diagnose": _keys("step epoch signal_to_noise_by_exit estimators easy_weight"
-                    " hard_weight confidence_bins weight_by_confidence")}
-PER_SAMPLE = ["images", "labels", "predictions", "exits", "confidence"]
+from l2w_jax.run import directory, files
 
 STYLE = {
   "font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11,
@@ -98,13 +71,11 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   import matplotlib
 
   workdir = pathlib.Path(workdir)
-  config = _read(workdir, "config.json", "train", _parse_config)
-  metrics = read_metrics(workdir)
-  results = read_results(workdir)
-  samples = _read(workdir, "samples.npz", "evaluate", _parse_samples)
-  latency = None
-  if (workdir / "latency.json").exists():
-    latency = _read(workdir, "latency.json", "latency", _parse_latency)
+  config = directory.config_values(workdir)
+  metrics = directory.read_metrics(workdir)
+  results = directory.read_results(workdir)
+  samples = directory.read_samples(workdir)
+  latency = directory.read_latency(workdir)
   report = workdir / "report"
   report.mkdir(exist_ok=True)
   with matplotlib.rc_context(STYLE):
@@ -124,112 +95,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     write_pictures(report, figures)
   page = render_page(config, results, float(samples["q"]),
                      bool(metrics["weights"]), latency, metrics["diagnose"])
-  write_file(report / "index.html", page.encode())
+  files.write(report / "index.html", page.encode())
   return report / "index.html"
-
-
-def read_metrics(workdir: pathlib.Path) -> dict[str, list[dict]]:
-  """The lines of metrics.jsonl by kind; raises ValueError as `write_report`."""
-  return _read(workdir, "metrics.jsonl", "train", _parse_metrics)
-
-
-def read_results(workdir: pathlib.Path) -> dict:
-  """What results.json holds; raises ValueError as `write_report`."""
-  return _read(workdir, "results.json", "evaluate", _parse_results)
-
-
-def read_scores(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """What scores.npz holds; raises ValueError as `write_report`."""
-  return _read(workdir, "scores.npz", "evaluate", _parse_scores)
-
-
-def _read(workdir: pathlib.Path, name: str, mode: str,
-          parse: Callable[[bytes], Any]) -> Any:
-  path = workdir / name
-  config = "--config=CONFIG " if mode == "train" else ""
-  advice = (f"run `python -m l2w_jax.main {config}--workdir={workdir}"
-            f" --mode={mode}` first, which writes it")
-  try:
-    return parse(path.read_bytes())
-  except FileNotFoundError:
-    raise ValueError(f"the report needs {path}, which is missing; "
-                     f"{advice}") from None
-  except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError,
-          zipfile.BadZipFile) as error:
-    raise ValueError(f"the report cannot use {path}: {error}; "
-                     f"{advice}") from error
-
-
-def _require(shape: Any, found: Any, where: str) -> None:
-  if isinstance(shape, list):
-    for entry in found:
-      _require(shape[0], entry, f"an entry of {where}")
-  elif shape is not None:
-    for name, inside in shape.items():
-      if name not in found:
-        raise ValueError(f"{where} lacks {name!r}")
-      _require(inside, found[name], f"its {name!r}")
-
-
-def _parse_config(data: bytes) -> dict:
-  return dict(json.loads(data))
-
-
-def _parse_results(data: bytes) -> dict:
-  results = json.loads(data)
-  _require(RESULTS_SHAPE, results, "it")
-  num_exits = len(results["macs"])
-  lengths = {len(results["anytime"]), len(results["params_to_exit"])}
-  for entry in results["budgeted"]:
-    lengths |= {len(entry["exits"]), len(entry["thresholds"])}
-  if lengths != {num_exits} or not results["budgeted"]:
-    raise ValueError(f"its curves are not all of its {num_exits} exits")
-  return results
-
-
-def _parse_latency(data: bytes) -> dict:
-  latency = json.loads(data)
-  _require(LATENCY_SHAPE, latency, "it")
-  return latency
-
-
-def _parse_metrics(data: bytes) -> dict[str, list[dict]]:
-  """Groups the lines by kind; a step repeated after a resume counts once."""
-  lines = {kind: {} for kind in METRIC_SHAPES}
-  for number, line in enumerate(data.decode().splitlines(), 1):
-    try:
-      entry = json.loads(line)
-      if entry["kind"] in METRIC_SHAPES:
-        _require(METRIC_SHAPES[entry["kind"]], entry, "it")
-        lines[entry["kind"]][entry["step"]] = entry
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"line {number} is not a metric ({error}) and may be "
-                       "deleted, or") from error
-  return {kind: [steps[step] for step in sorted(steps)]
-          for kind, steps in lines.items()}
-
-
-def _parse_samples(data: bytes) -> dict[str, np.ndarray]:
-  with np.load(io.BytesIO(data)) as arrays:
-    samples = dict(arrays)
-  _require(dict.fromkeys([*PER_SAMPLE, "q", "class_names"]), samples, "it")
-  if len({len(samples[name]) for name in PER_SAMPLE}) != 1:
-    raise ValueError(f"its {', '.join(PER_SAMPLE)} differ in length")
-  return samples
-
-
-def _parse_scores(data: bytes) -> dict[str, np.ndarray]:
-  with np.load(io.BytesIO(data)) as arrays:
-    scores = dict(arrays)
-  _require(_keys("confidence correct"), scores, "it")
-  return scores
-
-
-def write_file(path: pathlib.Path, data: bytes) -> None:
-  """Replaces a file; a reader sees the old or the new one whole."""
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_bytes(data)
-  os.replace(partial, path)
 
 
 def write_pictures(folder: pathlib.Path, figures: dict[str, Any]) -> None:
@@ -237,7 +104,7 @@ def write_pictures(folder: pathlib.Path, figures: dict[str, Any]) -> None:
   for name, figure in figures.items():
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    write_file(folder / name, png.getvalue())
+    files.write(folder / name, png.getvalue())
 
 
 def _array(values: Any) -> np.ndarray:

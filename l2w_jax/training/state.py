@@ -8,7 +8,7 @@ from flax import struct
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import weighting
+from l2w_jax.method import weighting
 from l2w_jax.models import wpn
 from l2w_jax.models.backbone import Backbone
 

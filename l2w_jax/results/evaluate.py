@@ -11,94 +11,27 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import (
-    checkpoint,
-    diagnostics,
-    exit_policy,
-    exit_targets,
-    metrics_log,
-    models,
-    parallel,
-    temperature,
-)
-from l2w_jax.data import augment, feeds, sources
-from l2w_jax.models.backbone import Backbone
-from l2w_jax.progress import Progress
-from l2w_jax.train_state import TrainState, abstract_state
+from l2w_jax import models
+from l2w_jax.data import sources
+from l2w_jax.exits import policy as exit_policy
+from l2w_jax.exits import targets as exit_targets
+from l2w_jax.exits import temperature
+from l2w_jax.run import directory, files, parallel
+from l2w_jax.run.progress import Progress
+from l2w_jax.training import checkpoint, diagnostics
+from l2w_jax.training import scores as scores_lib
+from l2w_jax.training.scores import Scores
 
 QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
-LOGITS_KEPT = 10_000  # of a split; all of ImageNet's would be gigabytes
 SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
-
-
-class Scores(NamedTuple):
-  """What thresholds and curves need, for the N samples of a split.
-
-  confidence: float32 [N K], by the measure of the config; prediction: int32
-  [N K]; correct: bool [N K]; logits: float32 [≤ LOGITS_KEPT K C], of the first
-  samples, which are in no order that matters.
-  """
-  confidence: np.ndarray
-  prediction: np.ndarray
-  correct: np.ndarray
-  logits: np.ndarray
-
-
-def compile_scorer(
-    variables: PyTree, backbone: Backbone, dataset: sources.Dataset,
-    config: ConfigDict, num_devices: int,
-) -> Callable[[PyTree, sources.Split], Scores]:
-  """(variables, split) -> Scores, compiled for all splits of a data set.
-
-  variables are replicated over the devices (`parallel.replicate`).
-  """
-  mean = jnp.asarray(dataset.mean, jnp.float32)
-  std = jnp.asarray(dataset.std, jnp.float32)
-  batch = config.evaluate.batch * num_devices
-  devices = parallel.collectives(num_devices)
-
-  def forward(variables, images):
-    logits = backbone.apply(variables, augment.normalize(images, mean, std))
-    prediction, confidence = exit_policy.confidence(
-        logits, config.evaluate.confidence)
-    return devices.gather(confidence), devices.gather(prediction), devices.gather(
-        logits)
-
-  own = parallel.own_rows(batch)
-  empty = np.zeros((own.stop - own.start, *dataset.image_shape), np.uint8)
-  forward = parallel.map_devices(forward, num_devices).lower(
-      variables, parallel.split_rows(empty, num_devices)).compile()
-
-  def score(variables: PyTree, split: sources.Split) -> Scores:
-    parts, num_samples = [], len(split.labels)
-    in_batch = np.arange(num_samples) % batch
-    mine = split.keep((own.start <= in_batch) & (in_batch < own.stop))
-    found = feeds.batches(mine.images, len(empty))
-    for start in range(0, num_samples, batch):
-      images = next(found, empty[:0])  # the last may have none for a process
-      padding = [(0, len(empty) - len(images))] + [(0, 0)] * 3
-      outputs = forward(variables, parallel.split_rows(
-          np.pad(images, padding), num_devices))
-      *found_here, logits = (
-          np.asarray(x)[:num_samples - start]
-          for x in parallel.first(outputs, num_devices))
-      parts.append([*found_here, logits[:max(0, LOGITS_KEPT - start)].copy()])
-    confidence, prediction, logits = map(
-        np.concatenate, zip(*parts, strict=True))
-    return Scores(confidence, prediction,
-                  prediction == split.labels[:, None], logits)
-
-  return score
 
 
 def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
@@ -116,11 +49,13 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   """
   began = time.monotonic()
   target = exit_targets.parse(config.evaluate.target)
+  diagnoses = (directory.read_metrics(workdir)["diagnose"]
+               if config.diagnose.every and parallel.is_writer() else [])
   dataset = sources.load(config.data)
   num_devices = parallel.count_devices(config.num_devices)
   backbone = models.build_backbone(
       config.model, dataset.num_classes, dataset.image_shape)
-  state, info = restore(workdir, config, backbone)
+  state, info = checkpoint.restore(workdir, config, backbone)
   variables = parallel.replicate(state.variables, num_devices)
   # A run that trained on everything chooses thresholds there, as released.
   chosen_on = (dataset.calibration if len(dataset.calibration.labels)
@@ -130,7 +65,7 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   with Progress(total, unit="image", label="evaluate",
                 silent=not parallel.is_writer()) as progress:
     with progress.compiling("the evaluation"):
-      score = compile_scorer(
+      score = scores_lib.compile_scorer(
           variables, backbone, dataset, config, num_devices)
     calibration = score(variables, chosen_on)
     progress.update(num_calibration, {})
@@ -172,13 +107,12 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
       "complete": bool(info["complete"]),
   }
   if parallel.is_writer():
-    diagnoses = metrics_log.read(workdir, "diagnose")
     if diagnoses:
       results["diagnostics"] = diagnostics.summarize(diagnoses)
     _write_samples(workdir, dataset, test, thresholds)
-    _write_arrays(workdir / "scores.npz", confidence=test.confidence,
+    files.write_arrays(workdir / "scores.npz", confidence=test.confidence,
                   correct=test.correct)
-    checkpoint.write_atomically(
+    files.write(
         workdir / "results.json", json.dumps(results, indent=2) + "\n")
   return results
 
@@ -306,52 +240,6 @@ def _json_number(x) -> float | str:
   return x if math.isfinite(x) else str(x)
 
 
-def restore(
-    workdir: pathlib.Path, config: ConfigDict, backbone: Backbone,
-) -> tuple[TrainState, dict[str, Any]]:
-  """(state, info) of the latest sound checkpoint of a run directory.
-
-  Raises:
-    ValueError: there is none, or the run was for other classes or images.
-  """
-  check_same_images(workdir, backbone.num_classes, backbone.image_shape)
-  with checkpoint.Checkpoints(workdir) as checkpoints:
-    restored = checkpoints.restore(abstract_state(backbone, config))
-  if restored is None:
-    raise ValueError(f"workdir {workdir} has no checkpoint yet; train it first "
-                     "with --mode=train")
-  return restored
-
-
-def check_same_images(
-    workdir: pathlib.Path, num_classes: int, image_shape: tuple[int, int, int],
-) -> None:
-  """Raises ValueError if a run was evaluated on other classes or images.
-
-  Its weights alone do not tell: they take images of another size.
-  """
-  try:
-    results = json.loads((workdir / "results.json").read_text())
-    made_for = (results["num_classes"], tuple(results["image_shape"]))
-  except (OSError, ValueError, KeyError, TypeError):
-    return  # not evaluated yet
-  if made_for != (num_classes, tuple(image_shape)):
-    raise ValueError(
-        f"workdir {workdir} was trained for {made_for[0]} classes and images of "
-        f"{'×'.join(map(str, made_for[1]))}, but its data now has {num_classes} "
-        f"and {'×'.join(map(str, image_shape))}; give it the data it was "
-        "trained on, or train into another workdir")
-
-
-def is_finished(workdir: pathlib.Path, name: str) -> bool:
-  """Whether results of the finished run and the file `name` are there."""
-  try:
-    results = json.loads((workdir / "results.json").read_text())
-  except (OSError, json.JSONDecodeError):
-    return False
-  return bool(results.get("complete")) and (workdir / name).exists()
-
-
 def _write_samples(workdir, dataset, test, thresholds):
   """samples.npz: test images with the exit each takes at one budget."""
   row = thresholds[QS.index(SAMPLES_AT_Q)]
@@ -359,15 +247,9 @@ def _write_samples(workdir, dataset, test, thresholds):
   shown = np.concatenate([
       np.flatnonzero(exits == k)[:40] for k in range(len(row))])
   at_exit = (shown, exits[shown])
-  _write_arrays(
+  files.write_arrays(
       workdir / "samples.npz", images=dataset.test.images[shown],
       labels=dataset.test.labels[shown], exits=exits[shown],
       predictions=test.prediction[at_exit],
       confidence=test.confidence[at_exit], q=SAMPLES_AT_Q,
       class_names=np.array(dataset.class_names))
-
-
-def _write_arrays(path, **arrays):
-  temporary = path.with_name(f".{path.name}")
-  np.savez_compressed(temporary, **arrays)
-  temporary.replace(path)

@@ -22,7 +22,8 @@ import numpy as np
 from flax import traverse_util
 from jax import export as jax_export
 
-from l2w_jax import checkpoint, early_exit
+from l2w_jax.exits import early_exit
+from l2w_jax.run import directory
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -34,7 +35,7 @@ def export(workdir: pathlib.Path) -> pathlib.Path:
     ValueError: the run is not trained, or not evaluated since.
   """
   network = early_exit.load(workdir)
-  results = early_exit.read_results(workdir)
+  results = directory.read_results(workdir)
   partial = workdir / f".export.{os.getpid()}"
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
@@ -58,7 +59,7 @@ def export(workdir: pathlib.Path) -> pathlib.Path:
   (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
   np.savez(partial / "variables.npz", **traverse_util.flatten_dict(
       network.variables, sep="/"))
-  checkpoint.write_config(partial, checkpoint.read_config(workdir))
+  directory.write_config(partial, directory.read_config(workdir))
   folder = workdir / "export"
   shutil.rmtree(folder, ignore_errors=True)
   os.replace(partial, folder)

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2w_jax import report
+from l2w_jax.results import report
+from l2w_jax.run import directory, files
 
 NUM_POINTS = 5  # mean costs in the table
 NUM_DRAWN = 60  # mean costs in the pictures
@@ -61,9 +62,9 @@ def read_run(workdir: pathlib.Path) -> Run:
   Raises:
     ValueError: a file is missing or cannot be read.
   """
-  results = report.read_results(workdir)
-  metrics = report.read_metrics(workdir)
-  scores = report.read_scores(workdir)
+  results = directory.read_results(workdir)
+  metrics = directory.read_metrics(workdir)
+  scores = directory.read_scores(workdir)
   at_q = min(results["budgeted"], key=lambda entry: abs(entry["q"] - AT_Q))
   # A threshold that is null in the file, NaN, lets nobody leave.
   thresholds = np.nan_to_num(
@@ -302,11 +303,11 @@ def write(
     if weighted:
       figures["weights.png"] = draw_weights(weighted)
     report.write_pictures(folder, figures)
-  report.write_file(folder / "index.html", render(summary, figures).encode())
-  report.write_file(
+  files.write(folder / "index.html", render(summary, figures))
+  files.write(
       workdir / "comparison.json",
-      (json.dumps(summary, indent=2) + "\n").encode())
-  report.write_file(workdir / "comparison.txt", as_text(summary).encode())
+      json.dumps(summary, indent=2) + "\n")
+  files.write(workdir / "comparison.txt", as_text(summary))
   return summary
 
 

@@ -30,17 +30,17 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
-from l2w_jax import weighting
 from l2w_jax.data import augment, sources
+from l2w_jax.method import weighting
 from l2w_jax.models.backbone import Backbone
-from l2w_jax.parallel import ONE_DEVICE
-from l2w_jax.train_state import TrainState
-from l2w_jax.train_step import (
-    Batch,
-    forward_pass,
-    half_step_body,
-    train_losses_fn,
-    wpn_weights_fn,
+from l2w_jax.run.parallel import ONE_DEVICE
+from l2w_jax.training.state import TrainState
+from l2w_jax.training.step import (
+  Batch,
+  forward_pass,
+  half_step_body,
+  train_losses_fn,
+  wpn_weights_fn,
 )
 
 EXACT = "grad"

@@ -1,0 +1,1 @@
+"""Where samples leave: policy, targets, and a runtime that really stops."""

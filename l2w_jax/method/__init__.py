@@ -1,0 +1,1 @@
+"""The paper: losses, weights, allocation, and the three updates of a step."""

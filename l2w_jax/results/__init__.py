@@ -1,0 +1,1 @@
+"""What a run gives: scores and curves, the page, comparisons."""

@@ -1,0 +1,1 @@
+"""The loop and the step, the state they change, and what they write."""
