@@ -1,4 +1,5 @@
 """CIFAR-100, RANet with 6 exits, scales 1-2-3; L2W on RANet was never released."""
+
 from l2w_jax import config as l2w_config
 
 

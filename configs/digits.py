@@ -1,4 +1,5 @@
 """UCI handwritten digits (embedded): MSDNet with 4 exits, 8×8 images."""
+
 from l2w_jax import config as l2w_config
 
 

@@ -2,6 +2,7 @@
 
 Steps 4, 6 and 7 are the paper's three networks, for 100 epochs.
 """
+
 from l2w_jax import config as l2w_config
 
 
@@ -9,20 +10,32 @@ def get_config(variant="4-l2w"):
   """`variant` is l2w or uniform (step 4), or STEP-METHOD."""
   step, _, method = variant.rpartition("-")
   if step not in ("", "4", "6", "7"):
-    raise ValueError(f"the argument is STEP-METHOD with step 4, 6 or 7, such as "
-                     f"6-l2w; got {variant!r}")
+    raise ValueError(
+      f"the argument is STEP-METHOD with step 4, 6 or 7, such as "
+      f"6-l2w; got {variant!r}"
+    )
   config = l2w_config.defaults("msdnet")
   config.method = method
   config.epochs = 100
   config.batch = 4096
   config.data.update(
-      source="tfds:imagenet2012", calibration=50_000, image_size=224,
-      augment="crop_flip", mean=(123.675, 116.28, 103.53),
-      std=(58.395, 57.12, 57.375))
+    source="tfds:imagenet2012",
+    calibration=50_000,
+    image_size=224,
+    augment="crop_flip",
+    mean=(123.675, 116.28, 103.53),
+    std=(58.395, 57.12, 57.375),
+  )
   config.model.update(
-      stem="imagenet", step_mode="even", step=int(step or 4),
-      base=int(step or 4), channels=32, growth=16,
-      growth_factors=(1, 2, 4, 4), bottleneck_factors=(1, 2, 4, 4),
-      classifier_width=0)
+    stem="imagenet",
+    step_mode="even",
+    step=int(step or 4),
+    base=int(step or 4),
+    channels=32,
+    growth=16,
+    growth_factors=(1, 2, 4, 4),
+    bottleneck_factors=(1, 2, 4, 4),
+    classifier_width=0,
+  )
   config.meta.update(epsilon=0.3, center_over="all", interval=100)
   return config

@@ -1,4 +1,5 @@
 """ImageNet, RANet with 8 exits, scales 1-2-3-4; L2W on it was never released."""
+
 from l2w_jax import config as l2w_config
 
 
@@ -9,12 +10,23 @@ def get_config(method="l2w"):
   config.epochs = 100
   config.batch = 4096
   config.data.update(
-      source="tfds:imagenet2012", calibration=50_000, image_size=224,
-      augment="crop_flip", mean=(123.675, 116.28, 103.53),
-      std=(58.395, 57.12, 57.375))
+    source="tfds:imagenet2012",
+    calibration=50_000,
+    image_size=224,
+    augment="crop_flip",
+    mean=(123.675, 116.28, 103.53),
+    std=(58.395, 57.12, 57.375),
+  )
   config.model.update(
-      stem="imagenet", step_mode="even", step=8, channels=32, growth=16,
-      scales=(1, 2, 3, 4), growth_factors=(4, 2, 2, 1),
-      bottleneck_factors=(4, 2, 2, 1), classifier_width=0)
+    stem="imagenet",
+    step_mode="even",
+    step=8,
+    channels=32,
+    growth=16,
+    scales=(1, 2, 3, 4),
+    growth_factors=(4, 2, 2, 1),
+    bottleneck_factors=(4, 2, 2, 1),
+    classifier_width=0,
+  )
   config.meta.update(epsilon=0.3, center_over="all", interval=100)
   return config

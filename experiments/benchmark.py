@@ -19,6 +19,7 @@ Memory is what the compiled program needs beside its arguments; it differs from
 one kind of device to another. Fusions are the pieces of machine code that XLA makes
 beside convolutions and matrix products, and most of the time of compiling.
 """
+
 from __future__ import annotations
 
 import functools
@@ -46,13 +47,18 @@ from l2w_jax.training.step import half_step_body, step_body
 STEPS_PER_EPOCH = 1000
 INTERVAL = 100
 STEPS = {  # program: what it changes in the config
-    "uniform": {"method": "uniform", "model.remat": False},
-    "l2w": {"method": "l2w", "meta.interval": 1, "model.remat": False},
-    "l2w, interval 100": {
-        "method": "l2w", "meta.interval": INTERVAL, "model.remat": False},
+  "uniform": {"method": "uniform", "model.remat": False},
+  "l2w": {"method": "l2w", "meta.interval": 1, "model.remat": False},
+  "l2w, interval 100": {
+    "method": "l2w",
+    "meta.interval": INTERVAL,
+    "model.remat": False,
+  },
 }
-REMAT = {f"{name}, remat": STEPS[name] | {"model.remat": True}
-         for name in ("uniform", "l2w")}
+REMAT = {
+  f"{name}, remat": STEPS[name] | {"model.remat": True}
+  for name in ("uniform", "l2w")
+}
 HALF = "l2w, one half"
 PYTORCH = {f"{name}, PyTorch": name for name in ("forward", "uniform", "l2w")}
 
@@ -67,30 +73,37 @@ class Program:
     batch = self.config.batch // (2 if name == HALF else 1)
     images = jax.ShapeDtypeStruct((batch, *shape), jnp.result_type(float))
     state = jax.eval_shape(self.fresh_state)
-    inputs = {
-        "image": images, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    inputs = {"image": images, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     functions = {
-        "forward": lambda state, batch: (
-            state, self.backbone.apply(state.variables, batch["image"])),
-        HALF: half_step_body(
-            self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH)}
+      "forward": lambda state, batch: (
+        state,
+        self.backbone.apply(state.variables, batch["image"]),
+      ),
+      HALF: half_step_body(
+        self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH
+      ),
+    }
     function = functions.get(name) or step_body(
-        self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH)
+      self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH
+    )
     began = time.perf_counter()
     lowered = jax.jit(function, donate_argnums=0).lower(
-        state, *([inputs] * (2 if name == HALF else 1)))
+      state, *([inputs] * (2 if name == HALF else 1))
+    )
     traced = time.perf_counter()
     self.compiled = lowered.compile()
     ended = time.perf_counter()
     memory = self.compiled.memory_analysis()
     cost = self.compiled.cost_analysis()
     self.facts = {
-        "trace_seconds": traced - began, "compile_seconds": ended - traced,
-        "flops": (1 if name in functions else 2) * cost["flops"],
-        "fusions": self.compiled.as_text().count(" fusion("),
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes}
+      "trace_seconds": traced - began,
+      "compile_seconds": ended - traced,
+      "flops": (1 if name in functions else 2) * cost["flops"],
+      "fusions": self.compiled.as_text().count(" fusion("),
+      "temporary_bytes": memory.temp_size_in_bytes,
+      "argument_bytes": memory.argument_size_in_bytes,
+      "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
 
   def fresh_state(self):
     """The state before the first step."""
@@ -123,19 +136,33 @@ class PyTorch:
     self._path = pathlib.Path(self._folder.name)
     self._program, self._batch = program, batch
     config, state = program.config, program.fresh_state()
-    self._save("batch", {
+    self._save(
+      "batch",
+      {
         "image": np.asarray(batch["image"]).transpose(0, 3, 1, 2),
-        "label": np.asarray(batch["label"], np.int64)})
+        "label": np.asarray(batch["label"], np.int64),
+      },
+    )
     self._save("weights", torch_state(state.variables))
     self._save("wpn", torch_state({"params": state.wpn_params}))
-    (self._path / "settings.json").write_text(json.dumps({
-        **config.optimizer, "meta": dict(config.meta),
-        "proportions": np.asarray(allocation.proportions(
-            config.meta.q, program.backbone.num_exits)).tolist()}))
+    (self._path / "settings.json").write_text(
+      json.dumps(
+        {
+          **config.optimizer,
+          "meta": dict(config.meta),
+          "proportions": np.asarray(
+            allocation.proportions(config.meta.q, program.backbone.num_exits)
+          ).tolist(),
+        }
+      )
+    )
     script = pathlib.Path(__file__).with_name("pytorch_step.py")
     self._process = subprocess.Popen(
-        [sys.executable, script, self._path], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+      [sys.executable, script, self._path],
+      text=True,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+    )
     self.about = self._answer()
 
   def _save(self, name, arrays):
@@ -168,30 +195,36 @@ class PyTorch:
     with np.load(self._path / "l2w.npz") as arrays:
       theirs = dict(arrays)
     state, metrics = self._program.compiled(
-        self._program.fresh_state(), self._batch)
+      self._program.fresh_state(), self._batch
+    )
     pairs = {}
     for half in range(2):
       for name in ("losses", "weights", "meta_loss"):
         pairs[f"{name} of half {half + 1}"] = [
-            (metrics[name][half], theirs[name][half])]
-      gradient = jax.tree.map(
-          lambda x, half=half: x[half], metrics["wpn_gradient"])
+          (metrics[name][half], theirs[name][half])
+        ]
+      gradient = jax.tree.map(lambda x, half=half: x[half], metrics["wpn_gradient"])
       pairs[f"meta-gradient of half {half + 1}"] = [
-          (x, theirs[f"gradient.{key}"][half])
-          for key, x in torch_state({"params": gradient}).items()]
+        (x, theirs[f"gradient.{key}"][half])
+        for key, x in torch_state({"params": gradient}).items()
+      ]
     pairs["backbone"] = [
-        (x, theirs[f"network.{key}"])
-        for key, x in torch_state(state.variables).items()
-        if not key.endswith("num_batches_tracked")]
+      (x, theirs[f"network.{key}"])
+      for key, x in torch_state(state.variables).items()
+      if not key.endswith("num_batches_tracked")
+    ]
     pairs["WPN"] = [
-        (x, theirs[f"wpn.{key}"])
-        for key, x in torch_state({"params": state.wpn_params}).items()]
+      (x, theirs[f"wpn.{key}"])
+      for key, x in torch_state({"params": state.wpn_params}).items()
+    ]
 
     def largest(arrays):
       return max(float(np.max(np.abs(x))) for x in arrays)
 
-    return {name: largest(a - b for a, b in arrays) / largest(
-        a for a, _ in arrays) for name, arrays in pairs.items()}
+    return {
+      name: largest(a - b for a, b in arrays) / largest(a for a, _ in arrays)
+      for name, arrays in pairs.items()
+    }
 
   def close(self):
     """Ends the process."""
@@ -203,19 +236,31 @@ class PyTorch:
 
 def check_pytorch(config) -> None:
   """Raises ValueError for a config that pytorch_step.py does not cover."""
-  wanted = {"model.name": "msdnet", "method": "l2w", "meta.inputs": "loss",
-            "meta.interval": 1, "label_smoothing": 0}
+  wanted = {
+    "model.name": "msdnet",
+    "method": "l2w",
+    "meta.inputs": "loss",
+    "meta.interval": 1,
+    "label_smoothing": 0,
+  }
   for key, value in wanted.items():
     given = operator.attrgetter(key)(config)
     if given != value:
-      raise ValueError(f"--pytorch is written for {key}={value!r}, not "
-                       f"{given!r}; leave it out or change the key")
+      raise ValueError(
+        f"--pytorch is written for {key}={value!r}, not "
+        f"{given!r}; leave it out or change the key"
+      )
 
 
 def torch_state(variables) -> dict[str, np.ndarray]:
   """The state_dict of pytorch_step.py's modules, which are named as ours."""
-  leaves = {"kernel": "weight", "scale": "weight", "bias": "bias",
-            "mean": "running_mean", "var": "running_var"}
+  leaves = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+  }
   axes = {4: (3, 2, 0, 1), 2: (1, 0)}
   state = {}
   for (_, *owner, leaf), x in traverse_util.flatten_dict(variables).items():
@@ -236,7 +281,8 @@ def peaks() -> dict[str, float]:
 
   def convolve(x, k):
     return jax.lax.conv_general_dilated(
-        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+      x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
   def best(function, *arguments):
     function = jax.jit(function).lower(*arguments).compile()
@@ -249,9 +295,9 @@ def peaks() -> dict[str, float]:
     return min(seconds)
 
   return {
-      "matrix_product": 2 * n**3 / best(jnp.matmul, matrix, matrix),
-      "convolution": 2 * b * 56**2 * 9 * 128**2 / best(
-          convolve, images, kernel)}
+    "matrix_product": 2 * n**3 / best(jnp.matmul, matrix, matrix),
+    "convolution": 2 * b * 56**2 * 9 * 128**2 / best(convolve, images, kernel),
+  }
 
 
 def random_batch(config) -> dict[str, jax.Array]:
@@ -259,15 +305,17 @@ def random_batch(config) -> dict[str, jax.Array]:
   shape, classes = shape_and_classes(config)
   rng = np.random.default_rng(0)
   return {
-      "image": jnp.asarray(
-          rng.standard_normal((config.batch, *shape), np.float32),
-          jnp.result_type(float)),
-      "label": jnp.asarray(rng.integers(0, classes, config.batch), jnp.int32)}
+    "image": jnp.asarray(
+      rng.standard_normal((config.batch, *shape), np.float32),
+      jnp.result_type(float),
+    ),
+    "label": jnp.asarray(rng.integers(0, classes, config.batch), jnp.int32),
+  }
 
 
 def times(
-    programs: dict[str, Program], batch, rounds: int,
-    pytorch: PyTorch | None = None) -> dict[str, dict]:
+  programs: dict[str, Program], batch, rounds: int, pytorch: PyTorch | None = None
+) -> dict[str, dict]:
   """Seconds of each program, run in turn `rounds` times after two warm-ups.
 
   At interval 100 both kinds of step are timed, with a WPN update and without.
@@ -282,21 +330,32 @@ def times(
     else:
       jobs[name] = program.run
   if pytorch is not None:
-    jobs |= {name: lambda word=word: (pytorch.run(word), None)
-             for name, word in PYTORCH.items()}
+    jobs |= {
+      name: lambda word=word: (pytorch.run(word), None)
+      for name, word in PYTORCH.items()
+    }
   measured = {name: [] for name in jobs}
   for i in range(rounds + 2):
     for name, job in jobs.items():
       result = job()
       if i >= 2:
         measured[name].append(result)
-  return {name: {"seconds": [s for s, _ in runs],
-                 "host_seconds": [h for _, h in runs]}
-          for name, runs in measured.items()}
+  return {
+    name: {"seconds": [s for s, _ in runs], "host_seconds": [h for _, h in runs]}
+    for name, runs in measured.items()
+  }
 
 
-def run(config_file, overrides, path, *, remat=False, compile_only=False,
-        pytorch=False, rounds=5):
+def run(
+  config_file,
+  overrides,
+  path,
+  *,
+  remat=False,
+  compile_only=False,
+  pytorch=False,
+  rounds=5,
+):
   """The stored results, after doing what they lack."""
   if pytorch:
     check_pytorch(l2w.load_config(config_file, overrides | STEPS["l2w"]))
@@ -308,15 +367,19 @@ def run(config_file, overrides, path, *, remat=False, compile_only=False,
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   device = jax.devices()[0]
   about = {
-      "config": config_file, "overrides": overrides,
-      "device": f"{device.platform} {device.device_kind}",
-      "jax": jax.__version__}
+    "config": config_file,
+    "overrides": overrides,
+    "device": f"{device.platform} {device.device_kind}",
+    "jax": jax.__version__,
+  }
   results = {"about": about, "compiled": {}}
   if path.exists():
     results = json.loads(path.read_text())
     if results["about"] != about:
-      raise ValueError(f"{path} holds results of {results['about']}, not of "
-                       f"{about}; name another file with --out")
+      raise ValueError(
+        f"{path} holds results of {results['about']}, not of "
+        f"{about}; name another file with --out"
+      )
 
   def store():
     files.write(path, json.dumps(results, indent=2) + "\n")
@@ -338,8 +401,12 @@ def run(config_file, overrides, path, *, remat=False, compile_only=False,
     print(f"timing {rounds} rounds ...", file=sys.stderr, flush=True)
     batch = random_batch(programs["l2w"].config)
     other = PyTorch(programs["l2w"], batch) if pytorch else None
-    results |= {"peak": peaks(), "times": times(programs, batch, rounds, other),
-                "batch": programs["l2w"].config.batch, "programs": timed}
+    results |= {
+      "peak": peaks(),
+      "times": times(programs, batch, rounds, other),
+      "batch": programs["l2w"].config.batch,
+      "programs": timed,
+    }
     if other is not None:
       results["pytorch"] = other.about | {"differences": other.differences()}
       other.close()
@@ -351,28 +418,35 @@ def table(results) -> str:
   """The results as text: minimum over the rounds, then the median."""
   compiled, lines = results["compiled"], []
   base = compiled["uniform"]
-  lines.append(f"{'program':32}{'GFLOP':>10}{'ratio':>7}{'temp MiB':>10}"
-               f"{'ratio':>7}{'trace s':>9}{'compile s':>10}"
-               f"{'fusions':>9}")
+  lines.append(
+    f"{'program':32}{'GFLOP':>10}{'ratio':>7}{'temp MiB':>10}"
+    f"{'ratio':>7}{'trace s':>9}{'compile s':>10}"
+    f"{'fusions':>9}"
+  )
   for name, facts in compiled.items():
     lines.append(
-        f"{name:32}{facts['flops'] / 1e9:10.1f}"
-        f"{facts['flops'] / base['flops']:7.2f}"
-        f"{facts['temporary_bytes'] / 2**20:10.0f}"
-        f"{facts['temporary_bytes'] / base['temporary_bytes']:7.2f}"
-        f"{facts['trace_seconds']:9.1f}{facts['compile_seconds']:10.1f}"
-        f"{facts['fusions']:9}")
+      f"{name:32}{facts['flops'] / 1e9:10.1f}"
+      f"{facts['flops'] / base['flops']:7.2f}"
+      f"{facts['temporary_bytes'] / 2**20:10.0f}"
+      f"{facts['temporary_bytes'] / base['temporary_bytes']:7.2f}"
+      f"{facts['trace_seconds']:9.1f}{facts['compile_seconds']:10.1f}"
+      f"{facts['fusions']:9}"
+    )
   whole, half = compiled["l2w"], compiled[HALF]
-  lines.append("compilation of the whole l2w step over one half: "
-               f"{whole['compile_seconds'] / half['compile_seconds']:.2f}")
+  lines.append(
+    "compilation of the whole l2w step over one half: "
+    f"{whole['compile_seconds'] / half['compile_seconds']:.2f}"
+  )
   if "times" not in results:
     return "\n".join(lines)
   measured, batch = results["times"], results["batch"]
   best = {name: min(x["seconds"]) for name, x in measured.items()}
   lines.append("")
-  lines.append(f"{'program':32}{'ms min':>10}{'median':>8}{'images/s':>10}"
-               f"{'/uniform':>9}{'/forward':>9}{'GFLOP/s':>9}{'of conv':>8}"
-               f"{'host %':>8}")
+  lines.append(
+    f"{'program':32}{'ms min':>10}{'median':>8}{'images/s':>10}"
+    f"{'/uniform':>9}{'/forward':>9}{'GFLOP/s':>9}{'of conv':>8}"
+    f"{'host %':>8}"
+  )
   for name, x in measured.items():
     facts = compiled.get(name)
     speed = f"{'':17}"
@@ -382,54 +456,84 @@ def table(results) -> str:
       speed = f"{rate / 1e9:9.1f}{100 * share:7.0f}%"
     host = ""
     if name not in PYTORCH:
-      host = statistics.median(x["host_seconds"]) / statistics.median(
-          x["seconds"])
+      host = statistics.median(x["host_seconds"]) / statistics.median(x["seconds"])
       host = f"{100 * host:7.2f}%"
     lines.append(
-        f"{name:32}{1e3 * best[name]:10.1f}"
-        f"{1e3 * statistics.median(x['seconds']):8.1f}"
-        f"{batch / best[name]:10.0f}{best[name] / best['uniform']:9.2f}"
-        f"{best[name] / best['forward']:9.2f}{speed}{host}".rstrip())
+      f"{name:32}{1e3 * best[name]:10.1f}"
+      f"{1e3 * statistics.median(x['seconds']):8.1f}"
+      f"{batch / best[name]:10.0f}{best[name] / best['uniform']:9.2f}"
+      f"{best[name] / best['forward']:9.2f}{speed}{host}".rstrip()
+    )
   name = f"l2w, interval {INTERVAL}"
-  mean = (best[f"{name}: with update"]
-          + (INTERVAL - 1) * best[f"{name}: without"]) / INTERVAL
+  mean = (
+    best[f"{name}: with update"] + (INTERVAL - 1) * best[f"{name}: without"]
+  ) / INTERVAL
   lines.append(f"{name}: {mean / best['uniform']:.3f} of uniform on average")
-  lines.append("peak GFLOP/s: " + ", ".join(
-      f"{kind} {rate / 1e9:.0f}" for kind, rate in results["peak"].items()))
+  lines.append(
+    "peak GFLOP/s: "
+    + ", ".join(
+      f"{kind} {rate / 1e9:.0f}" for kind, rate in results["peak"].items()
+    )
+  )
   if "pytorch" in results:
     other = results["pytorch"]
     lines.append(
-        f"PyTorch {other['torch']}, {other['threads']} threads, over ours: "
-        + ", ".join(f"{word} {best[name] / best[word]:.2f}"
-                    for name, word in PYTORCH.items()))
-    lines.append("one l2w step from the same weights, largest difference over "
-                 "largest entry: " + ", ".join(
-                     f"{name} {x:.0e}"
-                     for name, x in other["differences"].items()))
+      f"PyTorch {other['torch']}, {other['threads']} threads, over ours: "
+      + ", ".join(
+        f"{word} {best[name] / best[word]:.2f}" for name, word in PYTORCH.items()
+      )
+    )
+    lines.append(
+      "one l2w step from the same weights, largest difference over "
+      "largest entry: "
+      + ", ".join(f"{name} {x:.0e}" for name, x in other["differences"].items())
+    )
   return "\n".join(lines)
 
 
 def main(arguments=None) -> None:
   """The command line."""
   parser = config_parser(__doc__)
-  parser.add_argument("--out", default="benchmark.json", type=pathlib.Path,
-                      help="where results are stored (default %(default)s)")
-  parser.add_argument("--remat", action="store_true",
-                      help="also both steps with model.remat")
-  parser.add_argument("--pytorch", action="store_true",
-                      help="also the same in plain PyTorch")
-  parser.add_argument("--compile-only", action="store_true",
-                      help="operations, memory and compile time only")
-  parser.add_argument("--rounds", default=5, type=int,
-                      help="times each program runs (default %(default)s)")
+  parser.add_argument(
+    "--out",
+    default="benchmark.json",
+    type=pathlib.Path,
+    help="where results are stored (default %(default)s)",
+  )
+  parser.add_argument(
+    "--remat", action="store_true", help="also both steps with model.remat"
+  )
+  parser.add_argument(
+    "--pytorch", action="store_true", help="also the same in plain PyTorch"
+  )
+  parser.add_argument(
+    "--compile-only",
+    action="store_true",
+    help="operations, memory and compile time only",
+  )
+  parser.add_argument(
+    "--rounds",
+    default=5,
+    type=int,
+    help="times each program runs (default %(default)s)",
+  )
   options = parser.parse_args(arguments)
   with one_line_errors():
     if options.rounds < 1:
       raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
-    print(table(run(
-        options.config, dict(options.set), options.out, remat=options.remat,
-        compile_only=options.compile_only, pytorch=options.pytorch,
-        rounds=options.rounds)))
+    print(
+      table(
+        run(
+          options.config,
+          dict(options.set),
+          options.out,
+          remat=options.remat,
+          compile_only=options.compile_only,
+          pytorch=options.pytorch,
+          rounds=options.rounds,
+        )
+      )
+    )
 
 
 if __name__ == "__main__":

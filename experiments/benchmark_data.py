@@ -10,6 +10,7 @@
 noise, about 80 KB each) through TFDS's own imagenet2012 builder. Each line printed
 is JSON.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,11 +41,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 def jpeg(rng: np.random.Generator) -> bytes:
   """A file of 500×375 pixels that costs about what a photograph does."""
   smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).resize(
-      (500, 375), Image.Resampling.BICUBIC)
+    (500, 375), Image.Resampling.BICUBIC
+  )
   noisy = np.asarray(smooth) + rng.normal(0, 12, (375, 500, 3))
   file = io.BytesIO()
   Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(
-      file, "JPEG", quality=90)
+    file, "JPEG", quality=90
+  )
   return file.getvalue()
 
 
@@ -58,22 +61,35 @@ def make(data_dir: pathlib.Path) -> None:
       yield name, {"image": jpeg(rng), "label": i % 1000, "file_name": name}
 
   data_dir.mkdir(parents=True, exist_ok=True)
-  write_tfds("imagenet2012", data_dir, "array_record", {
-      "train": examples("train", 2000), "validation": examples("val", 1000)})
+  write_tfds(
+    "imagenet2012",
+    data_dir,
+    "array_record",
+    {"train": examples("train", 2000), "validation": examples("val", 1000)},
+  )
 
 
 def streaming_config(data_dir: pathlib.Path, **changes):
   """The ImageNet configuration on the synthetic set."""
-  return config_lib.load_config(str(ROOT / "configs/imagenet_msdnet.py"), {
-      "data.data_dir": str(data_dir), "data.calibration": 1000, "batch": 100,
-      "epochs": 5} | changes)
+  return config_lib.load_config(
+    str(ROOT / "configs/imagenet_msdnet.py"),
+    {
+      "data.data_dir": str(data_dir),
+      "data.calibration": 1000,
+      "batch": 100,
+      "epochs": 5,
+    }
+    | changes,
+  )
 
 
 def open_feed(config):
   """(feed, steps of an epoch)."""
   dataset = sources.load(config.data)
-  return (feeds.make_feed(dataset, config, jax.random.key(0), 1),
-          order.steps_per_epoch(len(dataset.train.labels), config.batch))
+  return (
+    feeds.make_feed(dataset, config, jax.random.key(0), 1),
+    order.steps_per_epoch(len(dataset.train.labels), config.batch),
+  )
 
 
 def streaming(data_dir: pathlib.Path) -> None:
@@ -104,12 +120,23 @@ def streaming(data_dir: pathlib.Path) -> None:
       rates["feed"].append((count - 3) * 100 / seconds)
       start += count + 1
       feed.close()
-  print(json.dumps({
-      name: {"images_per_second": round(statistics.mean(x), 1),
-             "std": round(statistics.stdev(x), 1), "n": len(x)}
-      for name, x in rates.items()} | {
-          "ratio": round(statistics.mean(rates["feed"])
-                         / statistics.mean(rates["bare"]), 3)}))
+  print(
+    json.dumps(
+      {
+        name: {
+          "images_per_second": round(statistics.mean(x), 1),
+          "std": round(statistics.stdev(x), 1),
+          "n": len(x),
+        }
+        for name, x in rates.items()
+      }
+      | {
+        "ratio": round(
+          statistics.mean(rates["feed"]) / statistics.mean(rates["bare"]), 3
+        )
+      }
+    )
+  )
 
 
 def stream_hashes(data_dir: pathlib.Path, start: int) -> None:
@@ -126,10 +153,13 @@ def stream_hashes(data_dir: pathlib.Path, start: int) -> None:
 
 def resume(data_dir: pathlib.Path) -> None:
   """Kills a streaming process in its second epoch, and starts another."""
+
   def start(step):
     return subprocess.Popen(
-        [sys.executable, __file__, "hashes", str(data_dir), "--start",
-         str(step)], stdout=subprocess.PIPE, text=True)
+      [sys.executable, __file__, "hashes", str(data_dir), "--start", str(step)],
+      stdout=subprocess.PIPE,
+      text=True,
+    )
 
   with start(0) as whole:
     expected = dict(line.split() for line in whole.stdout)
@@ -144,11 +174,17 @@ def resume(data_dir: pathlib.Path) -> None:
   last = max(map(int, seen))
   with start(last + 1) as resumed:
     rest = dict(line.split() for line in resumed.stdout)
-  print(json.dumps({
-      "steps": len(expected), "killed_after_step": last,
-      "exit_of_killed": killed.returncode,
-      "resumed_batches": len(rest),
-      "all_batches_equal": seen | rest == expected}))
+  print(
+    json.dumps(
+      {
+        "steps": len(expected),
+        "killed_after_step": last,
+        "exit_of_killed": killed.returncode,
+        "resumed_batches": len(rest),
+        "all_batches_equal": seen | rest == expected,
+      }
+    )
+  )
 
 
 def memory(data_dir: pathlib.Path) -> None:
@@ -166,14 +202,23 @@ def memory(data_dir: pathlib.Path) -> None:
 
 def resident(batch: int) -> None:
   """Milliseconds of a CIFAR-100 L2W step on a fixed batch, and of the feed."""
-  config = config_lib.load_config(str(ROOT / "configs/cifar100_msdnet.py"), {
-      "batch": batch, "data.source": "synthetic:32x32x3"})
+  config = config_lib.load_config(
+    str(ROOT / "configs/cifar100_msdnet.py"),
+    {"batch": batch, "data.source": "synthetic:32x32x3"},
+  )
   rng = np.random.default_rng(0)
-  split = sources.Split(rng.integers(0, 256, (45_000, 32, 32, 3), np.uint8),
-                        rng.integers(0, 100, 45_000).astype(np.int32))
+  split = sources.Split(
+    rng.integers(0, 256, (45_000, 32, 32, 3), np.uint8),
+    rng.integers(0, 100, 45_000).astype(np.int32),
+  )
   dataset = sources.Dataset(
-      split, split, split, tuple(map(str, range(100))),
-      np.full(3, 127.0), np.full(3, 70.0))
+    split,
+    split,
+    split,
+    tuple(map(str, range(100))),
+    np.full(3, 127.0),
+    np.full(3, 70.0),
+  )
   feed = feeds.make_feed(dataset, config, jax.random.key(0), 1)
   batch_fn = jax.jit(feed.make_batch_fn(config, jax.random.key(0)))
   backbone = l2w_jax.build_backbone(config.model, 100, (32, 32, 3))
@@ -190,19 +235,31 @@ def resident(batch: int) -> None:
       began = time.perf_counter()
       jax.block_until_ready(batch_fn(feed.data(t), t))
       times["feed"].append(1000 * (time.perf_counter() - began))
-  print(json.dumps({"batch": batch} | {
-      name: {"ms": round(statistics.mean(x), 2),
-             "std": round(statistics.stdev(x), 2), "n": len(x)}
-      for name, x in times.items()} | {
-          "feed_percent_of_step": round(
-              100 * statistics.mean(times["feed"])
-              / statistics.mean(times["step"]), 2)}))
+  print(
+    json.dumps(
+      {"batch": batch}
+      | {
+        name: {
+          "ms": round(statistics.mean(x), 2),
+          "std": round(statistics.stdev(x), 2),
+          "n": len(x),
+        }
+        for name, x in times.items()
+      }
+      | {
+        "feed_percent_of_step": round(
+          100 * statistics.mean(times["feed"]) / statistics.mean(times["step"]), 2
+        )
+      }
+    )
+  )
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("what", choices=[
-      "make", "streaming", "resume", "memory", "resident", "hashes"])
+  parser.add_argument(
+    "what", choices=["make", "streaming", "resume", "memory", "resident", "hashes"]
+  )
   parser.add_argument("data_dir", type=pathlib.Path, nargs="?")
   parser.add_argument("--start", type=int, default=0)
   parser.add_argument("--batch", type=int, default=128)
@@ -212,8 +269,9 @@ def main() -> None:
   elif args.what == "hashes":
     stream_hashes(args.data_dir, args.start)
   else:
-    {"make": make, "streaming": streaming, "resume": resume,
-     "memory": memory}[args.what](args.data_dir)
+    {"make": make, "streaming": streaming, "resume": resume, "memory": memory}[
+      args.what
+    ](args.data_dir)
 
 
 if __name__ == "__main__":

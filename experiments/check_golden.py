@@ -7,6 +7,7 @@ if any is beyond its bound. Fixtures are forward_*, step_*, allocation_* and
 threshold_*.npz, results of the released PyTorch code as arrays; tests/golden
 holds the ones the test suite runs.
 """
+
 import fnmatch
 import pathlib
 import sys
@@ -30,12 +31,15 @@ def check(path: pathlib.Path) -> dict[str, float]:
   with np.load(path) as fixture:
     if kind == "forward":
       golden_fixtures.compare_cost(fixture)
-      return (golden_fixtures.compare_forward(fixture)
-              | golden_fixtures.compare_forward_float32(fixture))
+      return golden_fixtures.compare_forward(
+        fixture
+      ) | golden_fixtures.compare_forward_float32(fixture)
     if kind == "step":
       return golden_fixtures.compare_step(fixture, halves_alone=True)
-    return {"allocation": golden_fixtures.compare_allocation,
-            "threshold": golden_fixtures.compare_thresholds}[kind](fixture)
+    return {
+      "allocation": golden_fixtures.compare_allocation,
+      "threshold": golden_fixtures.compare_thresholds,
+    }[kind](fixture)
 
 
 def main(folder: str, pattern: str = "*") -> int:
@@ -43,7 +47,9 @@ def main(folder: str, pattern: str = "*") -> int:
   failed = 0
   for path in sorted(pathlib.Path(folder).glob("*.npz")):
     if not fnmatch.fnmatch(path.stem, pattern) or path.stem in (
-        "step_batches", "target_probs"):
+      "step_batches",
+      "target_probs",
+    ):
       continue
     began = time.monotonic()
     with jax.enable_x64(True):
@@ -51,13 +57,17 @@ def main(folder: str, pattern: str = "*") -> int:
         errors = check(path)
       except AssertionError as error:
         errors = {" ".join(str(error).split())[:200]: np.inf}
-    bad = any(not error <= (
-        FLOAT32_BOUND if "float32" in name else FLOAT64_BOUND)
-        for name, error in errors.items())
+    bad = any(
+      not error <= (FLOAT32_BOUND if "float32" in name else FLOAT64_BOUND)
+      for name, error in errors.items()
+    )
     failed += bad
-    print(f"{'FAIL' if bad else 'ok  '} {path.stem}: " + ", ".join(
-        f"{name} {error:.1e}" for name, error in errors.items())
-        + f" ({time.monotonic() - began:.0f} s)", flush=True)
+    print(
+      f"{'FAIL' if bad else 'ok  '} {path.stem}: "
+      + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+      + f" ({time.monotonic() - began:.0f} s)",
+      flush=True,
+    )
   print(f"{failed} failed")
   return failed
 

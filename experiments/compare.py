@@ -15,6 +15,7 @@ WORKDIR/comparison.txt (also printed) and comparison.json hold accuracy of every
 exit and at equal mean cost, mean ± standard deviation over seeds, and differences
 seed by seed with their t interval; comparison/index.html adds the pictures.
 """
+
 from __future__ import annotations
 
 import copy
@@ -49,12 +50,16 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
     for item in filter(None, rest.split("+")):
       key, equals, value = item.partition("=")
       if not equals:
-        raise ValueError(f"--methods={text}: {item!r} is no override; write "
-                         "METHOD:KEY=VALUE, such as l2w:meta.epsilon=0.3")
+        raise ValueError(
+          f"--methods={text}: {item!r} is no override; write "
+          "METHOD:KEY=VALUE, such as l2w:meta.epsilon=0.3"
+        )
       if key in ("method", "seed") or key.startswith(("model.", "data.")):
-        raise ValueError(f"--methods={text}: {key} may not differ between "
-                         "methods; they are compared on one network and its "
-                         "images")
+        raise ValueError(
+          f"--methods={text}: {key} may not differ between "
+          "methods; they are compared on one network and its "
+          "images"
+        )
       overrides[key] = literal(value)
     if name in methods:
       raise ValueError(f"--methods={text} names {name!r} twice")
@@ -75,15 +80,18 @@ def _split(text: str) -> list[str]:
 
 
 def plan(
-    config: ConfigDict, methods: dict[str, dict[str, Any]], seeds: int,
-    workdir: pathlib.Path,
+  config: ConfigDict,
+  methods: dict[str, dict[str, Any]],
+  seeds: int,
+  workdir: pathlib.Path,
 ) -> list[tuple[str, pathlib.Path, ConfigDict]]:
   """(method, run directory, config) of every run, one seed after the other."""
   runs = []
   for seed in range(config.seed, config.seed + seeds):
     for name, overrides in methods.items():
       run = config_lib.with_overrides(
-          copy.deepcopy(config), overrides | {"seed": seed})
+        copy.deepcopy(config), overrides | {"seed": seed}
+      )
       folder = re.sub(r"[^\w.=+-]", "_", f"{name}-{seed}")
       runs.append((name, workdir / folder, run))
   return runs
@@ -105,10 +113,14 @@ def _define_flags() -> None:
   """Not on import, where they would clash with those of other commands."""
   command.define_config("Its method and seed are set for every run.")
   flags.DEFINE_string(
-      "methods", "uniform,l2w", "What to compare with the first: METHOD, or "
-      "METHOD:KEY=VALUE with overrides joined by +; separated by commas.")
+    "methods",
+    "uniform,l2w",
+    "What to compare with the first: METHOD, or "
+    "METHOD:KEY=VALUE with overrides joined by +; separated by commas.",
+  )
   flags.DEFINE_integer(
-      "seeds", 3, "Runs of each method, from config.seed on.", lower_bound=1)
+    "seeds", 3, "Runs of each method, from config.seed on.", lower_bound=1
+  )
   flags.DEFINE_string("workdir", None, "Folder of the runs and the comparison.")
 
 
@@ -121,16 +133,24 @@ def _main(arguments: list[str]) -> None:
   from l2w_jax.results import comparison
   from l2w_jax.run import compile_cache
 
-  runs = plan(FLAGS.config, parse_methods(FLAGS.methods), FLAGS.seeds,
-              pathlib.Path(FLAGS.workdir))
+  runs = plan(
+    FLAGS.config,
+    parse_methods(FLAGS.methods),
+    FLAGS.seeds,
+    pathlib.Path(FLAGS.workdir),
+  )
   compile_cache.enable()
   for i, (_, workdir, config) in enumerate(runs, 1):
     print(f"compare: run {i} of {len(runs)}, {workdir}", file=sys.stderr)
     finish(workdir, config)
   folder = pathlib.Path(FLAGS.workdir)
-  comparison.write(folder, {
+  comparison.write(
+    folder,
+    {
       name: [path for other, path, _ in runs if other == name]
-      for name, _, _ in runs})
+      for name, _, _ in runs
+    },
+  )
   print((folder / "comparison.txt").read_text(), end="")
   print(f"pictures: {folder / 'comparison' / 'index.html'}")
 

@@ -8,6 +8,7 @@ a README. The same numbers are stored, and noise and weights with them: it is a 
 of kind "diagnose" (`l2w_jax/training/diagnostics.py`). --estimators names others,
 and --set changes keys of the config.
 """
+
 from __future__ import annotations
 
 import json
@@ -30,7 +31,8 @@ def trained(backbone, config, dataset, steps: int):
   state = l2w.init_state(init_key, backbone, config)
   if steps:
     step = l2w.make_train_step(
-        backbone, config, steps_per_epoch=_per_epoch(config, dataset))
+      backbone, config, steps_per_epoch=_per_epoch(config, dataset)
+    )
     batch_fn = jax.jit(resident.make_batch_fn(config, data_key))
     data = jax.device_put(resident.arrays(dataset))
     for _ in range(steps):
@@ -48,42 +50,65 @@ def measure(config, steps: int) -> dict:
   if isinstance(dataset.train.images, sources.LazyImages):
     raise ValueError(f"{config.data.source} streams; set data.feed=resident")
   backbone = l2w.build_backbone(
-      config.model, dataset.num_classes, dataset.image_shape)
+    config.model, dataset.num_classes, dataset.image_shape
+  )
   print(f"{steps} steps ...", file=sys.stderr, flush=True)
   state = trained(backbone, config, dataset, steps)
   probe = diagnostics.make_probe(
-      dataset, config.batch // 2, config.diagnose.meta_halves)
+    dataset, config.batch // 2, config.diagnose.meta_halves
+  )
   print("compiling the estimators ...", file=sys.stderr, flush=True)
   diagnosis = diagnostics.Diagnosis(
-      backbone, config, _per_epoch(config, dataset), state, probe)
+    backbone, config, _per_epoch(config, dataset), state, probe
+  )
   diagnosis(state)  # the first call of a program is slower
   device = jax.devices()[0]
-  return {"step": steps, **diagnosis(state), "jax": jax.__version__,
-          "device": f"{device.platform} {device.device_kind}"}
+  return {
+    "step": steps,
+    **diagnosis(state),
+    "jax": jax.__version__,
+    "device": f"{device.platform} {device.device_kind}",
+  }
 
 
 def table(line) -> str:
   """The estimators as Markdown."""
-  rows = [report.ESTIMATOR_HEAD, ["---"] * len(report.ESTIMATOR_HEAD),
-          *report.estimator_rows([line])]
+  rows = [
+    report.ESTIMATOR_HEAD,
+    ["---"] * len(report.ESTIMATOR_HEAD),
+    *report.estimator_rows([line]),
+  ]
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(arguments=None) -> None:
   """The command line."""
   parser = config_parser(__doc__)
-  parser.add_argument("--steps", default=0, type=int,
-                      help="training steps before (default %(default)s)")
-  parser.add_argument("--estimators", nargs="+", default=None,
-                      help="instead of those of diagnose.estimators")
-  parser.add_argument("--out", default="estimators.json", type=pathlib.Path,
-                      help="where the line is stored (default %(default)s)")
+  parser.add_argument(
+    "--steps",
+    default=0,
+    type=int,
+    help="training steps before (default %(default)s)",
+  )
+  parser.add_argument(
+    "--estimators",
+    nargs="+",
+    default=None,
+    help="instead of those of diagnose.estimators",
+  )
+  parser.add_argument(
+    "--out",
+    default="estimators.json",
+    type=pathlib.Path,
+    help="where the line is stored (default %(default)s)",
+  )
   options = parser.parse_args(arguments)
   with one_line_errors():
     if options.steps < 0:
       raise ValueError(f"--steps must be at least 0, got {options.steps}")
-    config = l2w.load_config(options.config, {
-        **dict(options.set), "diagnose.every": 1})
+    config = l2w.load_config(
+      options.config, {**dict(options.set), "diagnose.every": 1}
+    )
     if options.estimators:
       config.diagnose.estimators = tuple(options.estimators)
     config.diagnose.half = config.batch // 2

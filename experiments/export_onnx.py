@@ -10,6 +10,7 @@ and, without a run, `--config=configs/cifar100_ranet.py` for random weights. The
 file maps float images [B H W channels], normalised, to the logits [B K C] of
 every exit; it is checked on batches of 1 and 5.
 """
+
 import argparse
 import json
 import pathlib
@@ -30,23 +31,26 @@ def plain_conv2d(x, kernel, stride):
   """The same convolution, of primitives that jax2onnx knows."""
   pad = (kernel.shape[0] // 2,) * 2
   return lax.conv_general_dilated(
-      x, kernel, (stride, stride), (pad, pad),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x,
+    kernel,
+    (stride, stride),
+    (pad, pad),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
 
 
 def network_of(source, config_file, image_size):
   """(backbone, variables) of an export folder, or random ones of a config."""
   if config_file:
     config = config_lib.load_config(config_file)
-    backbone = models.build_backbone(
-        config.model, 100, (image_size, image_size, 3))
+    backbone = models.build_backbone(config.model, 100, (image_size, image_size, 3))
     return backbone, backbone.init(jax.random.key(0))
   folder = pathlib.Path(source)
   manifest = json.loads((folder / "manifest.json").read_text())
   config = config_lib.from_dict(json.loads((folder / "config.json").read_text()))
   backbone = models.build_backbone(
-      config.model, len(manifest["class_names"]),
-      tuple(manifest["image_shape"]))
+    config.model, len(manifest["class_names"]), tuple(manifest["image_shape"])
+  )
   with np.load(folder / "variables.npz") as arrays:
     return backbone, traverse_util.unflatten_dict(dict(arrays), sep="/")
 
@@ -63,25 +67,36 @@ def main():
     parser.error("give an export folder or --config")
   layers.conv2d = plain_conv2d
   backbone, variables = network_of(
-      arguments.source, arguments.config, arguments.image_size)
+    arguments.source, arguments.config, arguments.image_size
+  )
   variables = jax.tree.map(np.asarray, variables)
 
   def forward(images):
     return backbone.apply(variables, images)
 
-  to_onnx(forward, [("B", *backbone.image_shape)], return_mode="file",
-          output_path=arguments.output)
+  to_onnx(
+    forward,
+    [("B", *backbone.image_shape)],
+    return_mode="file",
+    output_path=arguments.output,
+  )
   session = onnxruntime.InferenceSession(
-      arguments.output, providers=["CPUExecutionProvider"])
+    arguments.output, providers=["CPUExecutionProvider"]
+  )
   name = session.get_inputs()[0].name
   for batch in (1, 5):
-    images = np.random.default_rng(batch).normal(
-        size=(batch, *backbone.image_shape)).astype(np.float32)
+    images = (
+      np.random.default_rng(batch)
+      .normal(size=(batch, *backbone.image_shape))
+      .astype(np.float32)
+    )
     expected = np.asarray(jax.jit(forward)(images))
     found = session.run(None, {name: images})[0]
     error = np.abs(found - expected).max() / np.abs(expected).max()
-    print(f"batch {batch}: logits {found.shape}, largest difference {error:.1e} "
-          "of the largest logit")
+    print(
+      f"batch {batch}: logits {found.shape}, largest difference {error:.1e} "
+      "of the largest logit"
+    )
     if found.shape != expected.shape or not error < 1e-4:
       raise SystemExit("the ONNX file does not compute the network")
 

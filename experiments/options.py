@@ -1,4 +1,5 @@
 """What scripts of this folder share: image shapes, and their command lines."""
+
 from __future__ import annotations
 
 import argparse
@@ -10,10 +11,10 @@ from typing import Any
 
 # Data source: image shape and classes.
 SHAPES = {
-    "tfds:cifar10": ((32, 32, 3), 10),
-    "tfds:cifar100": ((32, 32, 3), 100),
-    "tfds:imagenet2012": ((224, 224, 3), 1000),
-    "digits": ((8, 8, 1), 10),
+  "tfds:cifar10": ((32, 32, 3), 10),
+  "tfds:cifar100": ((32, 32, 3), 100),
+  "tfds:imagenet2012": ((224, 224, 3), 1000),
+  "digits": ((8, 8, 1), 10),
 }
 
 
@@ -24,8 +25,10 @@ def shape_and_classes(config) -> tuple[tuple[int, int, int], int]:
     ValueError: a source that is not in `SHAPES`.
   """
   if config.data.source not in SHAPES:
-    raise ValueError(f"no image shape is known for {config.data.source}; "
-                     f"choose a config of {', '.join(SHAPES)}")
+    raise ValueError(
+      f"no image shape is known for {config.data.source}; "
+      f"choose a config of {', '.join(SHAPES)}"
+    )
   return SHAPES[config.data.source]
 
 
@@ -46,15 +49,23 @@ def override(text: str) -> tuple[str, Any]:
 
 
 def config_parser(
-    description: str, commands: Sequence[str] = ()) -> argparse.ArgumentParser:
+  description: str, commands: Sequence[str] = ()
+) -> argparse.ArgumentParser:
   """A parser that takes a config and --set, behind one of `commands` if any."""
   parser = argparse.ArgumentParser(
-      description=description, formatter_class=argparse.RawTextHelpFormatter)
+    description=description, formatter_class=argparse.RawTextHelpFormatter
+  )
   if commands:
     parser.add_argument("what", choices=commands)
   parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
-  parser.add_argument("--set", action="append", default=[], type=override,
-                      metavar="KEY=VALUE", help="override a key of the config")
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    type=override,
+    metavar="KEY=VALUE",
+    help="override a key of the config",
+  )
   return parser
 
 

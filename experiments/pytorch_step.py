@@ -12,6 +12,7 @@ The step is the paper's, as one writes it from Eqs. 7, 8 and 9: the gradient of
 Eq. 7 keeps its graph, and the meta loss is differentiated through it. Shapes are
 PyTorch's, [B C H W]; B samples, K exits.
 """
+
 from __future__ import annotations
 
 import copy
@@ -33,8 +34,7 @@ class ConvBNReLU(nn.Module):
   def __init__(self, weight, stride=1, bias=False):
     super().__init__()
     features, inputs, kernel, _ = weight.shape
-    self.conv = nn.Conv2d(
-        inputs, features, kernel, stride, kernel // 2, bias=bias)
+    self.conv = nn.Conv2d(inputs, features, kernel, stride, kernel // 2, bias=bias)
     self.bn = nn.BatchNorm2d(features)
 
   def forward(self, x):
@@ -49,7 +49,8 @@ class Stem(nn.Module):
     first = weights["layers_0.conv.weight"]
     self.pool = first.shape[-1] == 7  # ImageNet
     self.layers_0 = ConvBNReLU(
-        first, 2 if self.pool else 1, "layers_0.conv.bias" in weights)
+      first, 2 if self.pool else 1, "layers_0.conv.bias" in weights
+    )
     i = 1
     while (name := f"layers_{i}") + ".conv.weight" in weights:
       self.add_module(name, ConvBNReLU(weights[f"{name}.conv.weight"], 2))
@@ -73,13 +74,14 @@ class GridLayer(nn.Module):
     for name in {key.split(".")[0] for key in weights}:
       own = _under(weights, name)
       stride = 2 if name.endswith("down") else 1
-      layers = [] if "reduce.conv.weight" not in own else [
-          ("reduce", ConvBNReLU(own["reduce.conv.weight"]))]
-      layers.append(
-          ("spatial", ConvBNReLU(own["spatial.conv.weight"], stride)))
+      layers = (
+        []
+        if "reduce.conv.weight" not in own
+        else [("reduce", ConvBNReLU(own["reduce.conv.weight"]))]
+      )
+      layers.append(("spatial", ConvBNReLU(own["spatial.conv.weight"], stride)))
       self.add_module(name, _sequence(layers))
-    self.scales = sum(
-        name.endswith("normal") for name, _ in self.named_children())
+    self.scales = sum(name.endswith("normal") for name, _ in self.named_children())
 
   def forward(self, features):
     dropped, outputs = len(features) - self.scales, []
@@ -98,12 +100,10 @@ class Transition(nn.Module):
   def __init__(self, weights):
     super().__init__()
     for i in range(len({key.split(".")[0] for key in weights})):
-      self.add_module(
-          f"convs_{i}", ConvBNReLU(weights[f"convs_{i}.conv.weight"]))
+      self.add_module(f"convs_{i}", ConvBNReLU(weights[f"convs_{i}.conv.weight"]))
 
   def forward(self, features):
-    return [layer(x) for layer, x in zip(
-        self.children(), features, strict=True)]
+    return [layer(x) for layer, x in zip(self.children(), features, strict=True)]
 
 
 class Classifier(nn.Module):
@@ -127,17 +127,25 @@ class MSDNet(nn.Module):
     super().__init__()
     names = dict.fromkeys(key.split(".")[0] for key in weights)
     blocks = sorted(
-        (tuple(map(int, name.split("_")[1:])), name) for name in names
-        if name.startswith("blocks"))
+      (tuple(map(int, name.split("_")[1:])), name)
+      for name in names
+      if name.startswith("blocks")
+    )
     for (k, i), name in blocks:
       own = _under(weights, name)
-      kind = (Stem if k == i == 0 else
-              Transition if "convs_0.conv.weight" in own else GridLayer)
+      kind = (
+        Stem
+        if k == i == 0
+        else Transition
+        if "convs_0.conv.weight" in own
+        else GridLayer
+      )
       self.add_module(name, kind(own))
     self.num_exits = 1 + blocks[-1][0][0]
     for k in range(self.num_exits):
       self.add_module(
-          f"classifier_{k}", Classifier(_under(weights, f"classifier_{k}")))
+        f"classifier_{k}", Classifier(_under(weights, f"classifier_{k}"))
+      )
     self.load_state_dict(weights)
 
   def forward(self, x):
@@ -158,8 +166,11 @@ def _sequence(layers):
 
 
 def _under(weights, name):
-  return {key[len(name) + 1:]: x for key, x in weights.items()
-          if key.startswith(f"{name}.")}
+  return {
+    key[len(name) + 1 :]: x
+    for key, x in weights.items()
+    if key.startswith(f"{name}.")
+  }
 
 
 class WPN(nn.Module):
@@ -193,14 +204,19 @@ class Training:
     self.network.to(next(iter(weights.values())).dtype)
     self.network.load_state_dict(weights)  # not through float32
     self.optimizer = torch.optim.SGD(
-        self.network.parameters(), settings["learning_rate"],
-        settings["momentum"], weight_decay=settings["weight_decay"])
+      self.network.parameters(),
+      settings["learning_rate"],
+      settings["momentum"],
+      weight_decay=settings["weight_decay"],
+    )
     if wpn_weights:
       self.wpn = WPN(wpn_weights).to(next(iter(wpn_weights.values())).dtype)
       self.wpn.load_state_dict(wpn_weights)
       self.wpn_optimizer = torch.optim.Adam(
-          self.wpn.parameters(), settings["meta"]["learning_rate"],
-          weight_decay=settings["meta"]["weight_decay"])
+        self.wpn.parameters(),
+        settings["meta"]["learning_rate"],
+        weight_decay=settings["meta"]["weight_decay"],
+      )
 
   def forward(self, images, labels):
     """Logits of all images."""
@@ -230,23 +246,23 @@ class Training:
 
   def _l2w_half(self, images, labels, meta_images, meta_labels):
     # Eq. 7, with a graph from the weights to the look-ahead parameters.
-    losses = _losses(self._look(dict(self.network.named_parameters()), images),
-                     labels)
+    losses = _losses(
+      self._look(dict(self.network.named_parameters()), images), labels
+    )
     loss = (self._weights(losses) * losses).mean(0).sum()
     gradients = torch.autograd.grad(
-        loss, list(self.network.parameters()), create_graph=True)
+      loss, list(self.network.parameters()), create_graph=True
+    )
     pseudo = self._pseudo_update(gradients)
     # Eq. 8.
     logits = self._look(pseudo, meta_images)
-    allocated = _allocate(logits.detach().softmax(-1).amax(-1),
-                          self.settings["proportions"])
+    allocated = _allocate(
+      logits.detach().softmax(-1).amax(-1), self.settings["proportions"]
+    )
     counts = allocated.sum(0).clamp(min=1)
-    meta_loss = (
-        (_losses(logits, meta_labels) * allocated).sum(0) / counts).sum()
-    wpn_gradient = torch.autograd.grad(
-        meta_loss, list(self.wpn.parameters()))
-    for p, gradient in zip(
-        self.wpn.parameters(), wpn_gradient, strict=True):
+    meta_loss = ((_losses(logits, meta_labels) * allocated).sum(0) / counts).sum()
+    wpn_gradient = torch.autograd.grad(meta_loss, list(self.wpn.parameters()))
+    for p, gradient in zip(self.wpn.parameters(), wpn_gradient, strict=True):
       p.grad = gradient
     self.wpn_optimizer.step()
     # Eq. 9; this forward pass keeps its running statistics.
@@ -254,10 +270,17 @@ class Training:
     with torch.no_grad():
       weights = self._weights(losses)
     self._real_update((weights * losses).mean(0).sum())
-    return {"losses": losses.detach(), "weights": weights,
-            "meta_loss": meta_loss.detach(),
-            **{f"gradient.{name}": gradient for (name, _), gradient in zip(
-                self.wpn.named_parameters(), wpn_gradient, strict=True)}}
+    return {
+      "losses": losses.detach(),
+      "weights": weights,
+      "meta_loss": meta_loss.detach(),
+      **{
+        f"gradient.{name}": gradient
+        for (name, _), gradient in zip(
+          self.wpn.named_parameters(), wpn_gradient, strict=True
+        )
+      },
+    }
 
   def _look(self, params, images):
     """Training logits with given parameters; running statistics stay."""
@@ -274,7 +297,8 @@ class Training:
     """Θ̂ by the optimizer's own rule, which has no buffer before its first step."""
     s, pseudo = self.settings, {}
     for (name, p), gradient in zip(
-        self.network.named_parameters(), gradients, strict=True):
+      self.network.named_parameters(), gradients, strict=True
+    ):
       update = gradient + s["weight_decay"] * p
       buffer = self.optimizer.state[p].get("momentum_buffer")
       if buffer is not None:
@@ -292,8 +316,10 @@ def _both(half, images, labels):
 def _losses(logits, labels):
   """Cross-entropy [B K]."""
   return F.cross_entropy(
-      logits.transpose(1, 2), labels[:, None].expand(logits.shape[:2]),
-      reduction="none")
+    logits.transpose(1, 2),
+    labels[:, None].expand(logits.shape[:2]),
+    reduction="none",
+  )
 
 
 def _allocate(confidence, proportions):
@@ -312,14 +338,14 @@ def _allocate(confidence, proportions):
 
 def read(folder: pathlib.Path) -> tuple[Training, tuple]:
   """(what trains, (images, labels)) of a folder that benchmark.py wrote."""
+
   def tensors(name):
     with np.load(folder / name) as arrays:
       return {key: torch.from_numpy(arrays[key]) for key in arrays}
 
   settings = json.loads((folder / "settings.json").read_text())
   batch = tensors("batch.npz")
-  training = Training(
-      tensors("weights.npz"), tensors("wpn.npz"), settings)
+  training = Training(tensors("weights.npz"), tensors("wpn.npz"), settings)
   return training, (batch["image"], batch["label"])
 
 
@@ -327,16 +353,19 @@ def main(folder: pathlib.Path) -> None:
   """Answers the words on standard input."""
   fresh, batch = read(folder)
   training = copy.deepcopy(fresh)
-  print(json.dumps({"torch": torch.__version__,
-                    "threads": torch.get_num_threads()}), flush=True)
+  print(
+    json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}),
+    flush=True,
+  )
   for word in map(str.strip, sys.stdin):
     if word.endswith("?"):
       one = copy.deepcopy(fresh)
       result = getattr(one, word[:-1])(*batch)
       result |= {f"network.{k}": x for k, x in one.network.state_dict().items()}
       result |= {f"wpn.{k}": x for k, x in one.wpn.state_dict().items()}
-      np.savez(folder / f"{word[:-1]}.npz",
-               **{k: x.numpy() for k, x in result.items()})
+      np.savez(
+        folder / f"{word[:-1]}.npz", **{k: x.numpy() for k, x in result.items()}
+      )
       print("{}", flush=True)
       continue
     began = time.perf_counter()

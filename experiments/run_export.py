@@ -1,4 +1,5 @@
 """JAX alone: `python run_export.py EXPORT_FOLDER IMAGES.npy`, uint8 [N H W c]."""
+
 import json
 import pathlib
 import sys
@@ -18,8 +19,10 @@ def load(folder):
     predict(manifest, stages, black)  # some versions read but cannot run it
     return manifest, stages
   except Exception as error:  # an older jax fails in ways of its own
-    sys.exit(f"jax {jax.__version__} cannot read this export of jax "
-             f"{manifest['jax']}; use that version or a newer one ({error})")
+    sys.exit(
+      f"jax {jax.__version__} cannot read this export of jax "
+      f"{manifest['jax']}; use that version or a newer one ({error})"
+    )
 
 
 def predict(manifest, stages, images):

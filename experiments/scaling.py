@@ -12,6 +12,7 @@ how a step scales on machines whose numbers are in LINKS.
 `time` runs whole steps on 1 and on --devices virtual devices in turn, at the same
 total batch on the same cores, and says how long a call takes to return.
 """
+
 from __future__ import annotations
 
 import json
@@ -30,15 +31,18 @@ BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 # Bandwidths are the makers' figures for NVLink 4 and InfiniBand NDR (H100) and for
 # the interconnect of TPU v5p; latencies and FLOP/s are assumptions.
 LINKS = {
-    "H100, 8 to a host": (20e12, [(8, 450e9, 15e-6), (512, 50e9, 40e-6)]),
-    "TPU v5p slice": (20e12, [(8, 300e9, 10e-6), (64, 300e9, 20e-6),
-                              (512, 300e9, 40e-6)]),
+  "H100, 8 to a host": (20e12, [(8, 450e9, 15e-6), (512, 50e9, 40e-6)]),
+  "TPU v5p slice": (
+    20e12,
+    [(8, 300e9, 10e-6), (64, 300e9, 20e-6), (512, 300e9, 40e-6)],
+  ),
 }
 
 
 def build(config_file, overrides):
   """(config, backbone, image shape)."""
   import l2w_jax as l2w
+
   config = l2w.load_config(config_file, overrides)
   shape, classes = shape_and_classes(config)
   return config, l2w.build_backbone(config.model, classes, shape), shape
@@ -54,16 +58,22 @@ def chain(jaxpr) -> tuple[int, int]:
     for eqn in jaxpr.eqns:
       before = [0 if hasattr(x, "val") else depth.get(x, 0) for x in eqn.invars]
       deepest = max(before, default=0)
-      inner = [x for value in eqn.params.values()
-               for x in (value if isinstance(value, (tuple, list)) else [value])]
+      inner = [
+        x
+        for value in eqn.params.values()
+        for x in (value if isinstance(value, (tuple, list)) else [value])
+      ]
       inner = [getattr(x, "jaxpr", x) for x in inner]
       inner = [x for x in inner if hasattr(x, "eqns")]
       if eqn.primitive.name in COLLECTIVES:
         count += 1
         after = [deepest + 1] * len(eqn.outvars)
-      elif len(inner) == 1 and len(inner[0].invars) == len(before) and (
-          len(inner[0].outvars) == len(eqn.outvars)) and (
-          eqn.primitive.name not in ("scan", "while", "cond")):
+      elif (
+        len(inner) == 1
+        and len(inner[0].invars) == len(before)
+        and (len(inner[0].outvars) == len(eqn.outvars))
+        and (eqn.primitive.name not in ("scan", "while", "cond"))
+      ):
         after = walk(inner[0], before)
       else:
         for x in inner:
@@ -71,8 +81,9 @@ def chain(jaxpr) -> tuple[int, int]:
           walk(x, [0] * len(x.invars))
           if count > found:
             raise ValueError(
-                f"collectives inside {eqn.primitive.name} cannot be counted; set "
-                "meta.interval=1, microbatches=1 and model.remat=False")
+              f"collectives inside {eqn.primitive.name} cannot be counted; set "
+              "meta.interval=1, microbatches=1 and model.remat=False"
+            )
         after = [deepest] * len(eqn.outvars)
       depth.update(zip(eqn.outvars, after, strict=True))
     return [0 if hasattr(x, "val") else depth.get(x, 0) for x in jaxpr.outvars]
@@ -85,12 +96,18 @@ def compiled_collectives(text: str) -> list[int]:
   """Bytes of each all-reduce and all-gather of a compiled program."""
   found = []
   for line in text.splitlines():
-    match = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) "
-                     r"(?:all-reduce|all-gather)(?:-start)?\(", line)
+    match = re.match(
+      r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) "
+      r"(?:all-reduce|all-gather)(?:-start)?\(",
+      line,
+    )
     if match:
-      found.append(sum(
-          BYTES[kind] * _product(dims) for kind, dims in re.findall(
-              r"(\w+)\[([\d,]*)\]", match[1])))
+      found.append(
+        sum(
+          BYTES[kind] * _product(dims)
+          for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+        )
+      )
   return found
 
 
@@ -110,23 +127,34 @@ def count(config_file, overrides, num_devices) -> dict:
   from l2w_jax.run import parallel
   from l2w_jax.training.step import half_step_body
 
-  config, backbone, shape = build(config_file, {
-      **overrides, "meta.interval": 1, "microbatches": 1, "model.remat": False})
+  config, backbone, shape = build(
+    config_file,
+    {**overrides, "meta.interval": 1, "microbatches": 1, "model.remat": False},
+  )
   parallel.check_batch(config.batch, num_devices)
   size = config.batch // (2 * num_devices)
 
   def of_each(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        (num_devices, *x.shape), x.dtype), tree)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((num_devices, *x.shape), x.dtype), tree
+    )
 
   state = jax.eval_shape(
-      lambda: l2w.init_state(jax.random.key(0), backbone, config))
-  half = {"image": jax.ShapeDtypeStruct((size, *shape), jnp.float32),
-          "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
+    lambda: l2w.init_state(jax.random.key(0), backbone, config)
+  )
+  half = {
+    "image": jax.ShapeDtypeStruct((size, *shape), jnp.float32),
+    "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+  }
   mapped = parallel.map_devices(
-      half_step_body(
-          backbone, config, steps_per_epoch=STEPS_PER_EPOCH,
-          devices=parallel.collectives(num_devices, config.sync)), num_devices)
+    half_step_body(
+      backbone,
+      config,
+      steps_per_epoch=STEPS_PER_EPOCH,
+      devices=parallel.collectives(num_devices, config.sync),
+    ),
+    num_devices,
+  )
   arguments = of_each(state), of_each(half), of_each(half)
   traced = jax.make_jaxpr(mapped)(*arguments)
   written, longest = chain(traced.jaxpr)
@@ -134,14 +162,21 @@ def count(config_file, overrides, num_devices) -> dict:
   compiled = lowered.compile()
   found = compiled_collectives(compiled.as_text())
   return {
-      "config": config_file, "overrides": overrides, "method": config.method,
-      "sync": config.sync, "devices": num_devices,
-      "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-      "arrays": len(jax.tree.leaves(state.params)),
-      "batchnorms": len(jax.tree.leaves(state.batch_stats)) // 2,
-      "written": written, "compiled": len(found), "chain": longest,
-      "bytes": sum(found), "largest": max(found),
-      "flops_per_device": compiled.cost_analysis()["flops"]}
+    "config": config_file,
+    "overrides": overrides,
+    "method": config.method,
+    "sync": config.sync,
+    "devices": num_devices,
+    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+    "arrays": len(jax.tree.leaves(state.params)),
+    "batchnorms": len(jax.tree.leaves(state.batch_stats)) // 2,
+    "written": written,
+    "compiled": len(found),
+    "chain": longest,
+    "bytes": sum(found),
+    "largest": max(found),
+    "flops_per_device": compiled.cost_analysis()["flops"],
+  }
 
 
 def predict(facts: dict) -> list[dict]:
@@ -159,12 +194,17 @@ def predict(facts: dict) -> list[dict]:
       _, bandwidth, latency = next(x for x in links if num_devices <= x[0])
       moved = 2 * (num_devices - 1) / num_devices * facts["bytes"] / bandwidth
       waited = facts["compiled"] * latency
-      rows.append({
-          "machine": machine, "devices": num_devices,
-          "compute_ms": 1e3 * compute, "bytes_ms": 1e3 * moved,
+      rows.append(
+        {
+          "machine": machine,
+          "devices": num_devices,
+          "compute_ms": 1e3 * compute,
+          "bytes_ms": 1e3 * moved,
           "latency_ms": 1e3 * waited,
           "same_batch": share / (share + moved + waited),
-          "growing_batch": compute / (compute + moved + waited)})
+          "growing_batch": compute / (compute + moved + waited),
+        }
+      )
   return rows
 
 
@@ -181,16 +221,27 @@ def measure(config_file, overrides, num_devices, rounds) -> dict:
   parallel.check_batch(config.batch, num_devices)
   rng = np.random.default_rng(0)
   batch = {
-      "image": rng.standard_normal((config.batch, *shape), np.float32),
-      "label": rng.integers(0, backbone.num_classes, config.batch, np.int32)}
+    "image": rng.standard_normal((config.batch, *shape), np.float32),
+    "label": rng.integers(0, backbone.num_classes, config.batch, np.int32),
+  }
   jobs, results = {}, {}
   for n in (1, num_devices):
-    step = parallel.map_devices(step_body(
-        backbone, config, steps_per_epoch=STEPS_PER_EPOCH,
-        devices=parallel.collectives(n, config.sync)), n, donate_argnums=(0,))
+    step = parallel.map_devices(
+      step_body(
+        backbone,
+        config,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        devices=parallel.collectives(n, config.sync),
+      ),
+      n,
+      donate_argnums=(0,),
+    )
     state = l2w.init_state(jax.random.key(0), backbone, config)
-    jobs[n] = step, parallel.replicate(state, n), jax.tree.map(
-        lambda x, n=n: parallel.put_rows(x, n), batch)
+    jobs[n] = (
+      step,
+      parallel.replicate(state, n),
+      jax.tree.map(lambda x, n=n: parallel.put_rows(x, n), batch),
+    )
     results[n] = {"seconds": [], "returned": []}
   for i in range(rounds + 2):
     for n, (step, state, rows) in jobs.items():
@@ -208,22 +259,28 @@ def measure(config_file, overrides, num_devices, rounds) -> dict:
 
 def _show_count(facts):
   print(json.dumps(facts, indent=2))
-  print(f"{'machine':20}{'devices':>8}{'compute ms':>12}{'bytes ms':>10}"
-        f"{'latency ms':>12}{'same batch':>12}{'growing':>9}")
+  print(
+    f"{'machine':20}{'devices':>8}{'compute ms':>12}{'bytes ms':>10}"
+    f"{'latency ms':>12}{'same batch':>12}{'growing':>9}"
+  )
   for row in predict(facts):
-    print(f"{row['machine']:20}{row['devices']:8}{row['compute_ms']:12.2f}"
-          f"{row['bytes_ms']:10.3f}{row['latency_ms']:12.2f}"
-          f"{row['same_batch']:12.2f}{row['growing_batch']:9.2f}")
+    print(
+      f"{row['machine']:20}{row['devices']:8}{row['compute_ms']:12.2f}"
+      f"{row['bytes_ms']:10.3f}{row['latency_ms']:12.2f}"
+      f"{row['same_batch']:12.2f}{row['growing_batch']:9.2f}"
+    )
 
 
 def _show_times(result):
   best = {}
   for n, x in result["devices"].items():
     best[n] = min(x["seconds"])
-    print(f"{n} device(s): {1e3 * best[n]:.1f} ms min, "
-          f"{1e3 * statistics.median(x['seconds']):.1f} median of "
-          f"{len(x['seconds'])}, {result['batch'] / best[n]:.0f} images/s; the "
-          f"call returns after {1e3 * statistics.median(x['returned']):.2f} ms")
+    print(
+      f"{n} device(s): {1e3 * best[n]:.1f} ms min, "
+      f"{1e3 * statistics.median(x['seconds']):.1f} median of "
+      f"{len(x['seconds'])}, {result['batch'] / best[n]:.0f} images/s; the "
+      f"call returns after {1e3 * statistics.median(x['returned']):.2f} ms"
+    )
   one, many = best.values()
   print(f"throughput of many over one: {one / many:.2f}")
 
@@ -231,27 +288,40 @@ def _show_times(result):
 def main(arguments=None) -> None:
   """The command line."""
   parser = config_parser(__doc__, ("count", "time"))
-  parser.add_argument("--devices", default=8, type=int,
-                      help="virtual CPU devices (default %(default)s)")
-  parser.add_argument("--rounds", default=5, type=int,
-                      help="steps that are timed (default %(default)s)")
+  parser.add_argument(
+    "--devices",
+    default=8,
+    type=int,
+    help="virtual CPU devices (default %(default)s)",
+  )
+  parser.add_argument(
+    "--rounds",
+    default=5,
+    type=int,
+    help="steps that are timed (default %(default)s)",
+  )
   options = parser.parse_args(arguments)
   # Before JAX starts; only the structure of a counted program matters.
   flags = [f"--xla_force_host_platform_device_count={options.devices}"]
   if options.what == "count":
-    flags += ["--xla_backend_optimization_level=0",
-              "--xla_llvm_disable_expensive_passes=true"]
+    flags += [
+      "--xla_backend_optimization_level=0",
+      "--xla_llvm_disable_expensive_passes=true",
+    ]
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
   os.environ["JAX_PLATFORMS"] = "cpu"
   with one_line_errors():
     if options.devices < 2 or options.rounds < 1:
-      raise ValueError("--devices must be at least 2 and --rounds at least 1, got "
-                       f"{options.devices} and {options.rounds}")
+      raise ValueError(
+        "--devices must be at least 2 and --rounds at least 1, got "
+        f"{options.devices} and {options.rounds}"
+      )
     if options.what == "count":
       _show_count(count(options.config, dict(options.set), options.devices))
     else:
-      _show_times(measure(options.config, dict(options.set), options.devices,
-                          options.rounds))
+      _show_times(
+        measure(options.config, dict(options.set), options.devices, options.rounds)
+      )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ written is what that builder reads; features that an .npz lacks, such as
 coarse_label, are 0. TFDS writes tfrecord with TensorFlow only. --kind=folder
 writes OUT/train/CLASS/NUMBER.png and OUT/test. Images stay lossless.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,14 +26,18 @@ def png(image: np.ndarray) -> bytes:
   """A uint8 [H W channels] image as a lossless file."""
   file = io.BytesIO()
   Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
-      file, "PNG", compress_level=1)
+    file, "PNG", compress_level=1
+  )
   return file.getvalue()
 
 
 def write_tfds(
-    name: str, data_dir: pathlib.Path, file_format: str,
-    splits: Mapping[str, Iterator[tuple[str, dict[str, Any]]]],
-    class_names: list[str] | None = None) -> None:
+  name: str,
+  data_dir: pathlib.Path,
+  file_format: str,
+  splits: Mapping[str, Iterator[tuple[str, dict[str, Any]]]],
+  class_names: list[str] | None = None,
+) -> None:
   """Prepares a TFDS set from examples instead of its download.
 
   Args:
@@ -44,13 +49,15 @@ def write_tfds(
     class_names: of the label; as TFDS has them if None.
   """
   import tensorflow_datasets as tfds
+
   builder = tfds.builder(name, data_dir=data_dir, file_format=file_format)
   if class_names:
     # Left unset without the download, and then settable once.
     builder.info.features["label"].names = class_names
   builder._split_generators = lambda *_: splits
   builder.download_and_prepare(
-      download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+  )
 
 
 def examples(arrays, split: str, features) -> Iterator[tuple[str, dict]]:
@@ -76,22 +83,32 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("npz", type=pathlib.Path)
   parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--kind", required=True,
-                      choices=["array_record", "tfrecord", "folder"])
+  parser.add_argument(
+    "--kind", required=True, choices=["array_record", "tfrecord", "folder"]
+  )
   parser.add_argument("--name", default="cifar100", help="TFDS set")
   args = parser.parse_args()
   with np.load(args.npz) as file:
     arrays = dict(file)
-  class_names = [str(name) for name in arrays.get(
-      "class_names", range(1 + int(arrays["train_labels"].max())))]
+  class_names = [
+    str(name)
+    for name in arrays.get(
+      "class_names", range(1 + int(arrays["train_labels"].max()))
+    )
+  ]
   if args.kind == "folder":
     write_folder(arrays, args.out, class_names)
     return
   import tensorflow_datasets as tfds
+
   features = tfds.builder(args.name, data_dir=args.out).info.features
-  write_tfds(args.name, args.out, args.kind, {
-      split: examples(arrays, split, features) for split in ("train", "test")},
-      class_names)
+  write_tfds(
+    args.name,
+    args.out,
+    args.kind,
+    {split: examples(arrays, split, features) for split in ("train", "test")},
+    class_names,
+  )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """L2W-DEN in JAX: learning to weight samples for dynamic early exiting."""
+
 import importlib
 
 from l2w_jax.config import load_config
@@ -11,8 +12,14 @@ from l2w_jax.training.step import make_train_step
 __version__ = "0.1.0"
 
 __all__ = [
-    "allocation", "build_backbone", "convert", "early_exit", "exit_policy",
-    "init_state", "load_config", "make_train_step",
+  "allocation",
+  "build_backbone",
+  "convert",
+  "early_exit",
+  "exit_policy",
+  "init_state",
+  "load_config",
+  "make_train_step",
 ]
 
 # Loaded on first use: heavy, or commands that Python warns about when a module

@@ -4,6 +4,7 @@ A config file under configs/ starts from `defaults(model)` and sets only what
 deviates. `validate` raises one ValueError that says which key, what was given
 and what is allowed. Defaults are those of the published CIFAR-100 runs.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -24,6 +25,7 @@ class Key(NamedTuple):
   says: what is allowed, in words.
   doc: meaning, unit, source.
   """
+
   default: Any
   allowed: Callable[[Any], bool]
   says: str
@@ -33,9 +35,13 @@ class Key(NamedTuple):
 def _number(low, high, doc, default, *, open_low=False, integer=False) -> Key:
   def allowed(value):
     kind = int if integer else (int, float)
-    return (isinstance(value, kind) and not isinstance(value, bool)
-            and math.isfinite(value) and value <= high
-            and (low < value if open_low else low <= value))
+    return (
+      isinstance(value, kind)
+      and not isinstance(value, bool)
+      and math.isfinite(value)
+      and value <= high
+      and (low < value if open_low else low <= value)
+    )
 
   noun = "a whole number" if integer else "a number"
   bound = "above" if open_low else "at least"
@@ -50,25 +56,36 @@ def _integer(default, low, doc, high=math.inf) -> Key:
 
 
 def _choice(default, choices, doc) -> Key:
-  return Key(default, lambda value: value in choices,
-             "one of " + ", ".join(map(repr, choices)), doc)
+  return Key(
+    default,
+    lambda value: value in choices,
+    "one of " + ", ".join(map(repr, choices)),
+    doc,
+  )
 
 
 def _text(default, doc) -> Key:
-  return Key(default, lambda value: isinstance(value, str) and bool(value),
-             "a non-empty string", doc)
+  return Key(
+    default,
+    lambda value: isinstance(value, str) and bool(value),
+    "a non-empty string",
+    doc,
+  )
 
 
 def _flag(default, doc) -> Key:
-  return Key(default, lambda value: isinstance(value, bool), "True or False",
-             doc)
+  return Key(default, lambda value: isinstance(value, bool), "True or False", doc)
 
 
 def _factors(default, doc) -> Key:
   def allowed(value):
-    return (isinstance(value, (tuple, list)) and len(value) > 0
-            and all(isinstance(v, int) and not isinstance(v, bool) and v >= 1
-                    for v in value))
+    return (
+      isinstance(value, (tuple, list))
+      and len(value) > 0
+      and all(
+        isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in value
+      )
+    )
 
   return Key(default, allowed, "a tuple of whole numbers, at least 1 each", doc)
 
@@ -76,8 +93,8 @@ def _factors(default, doc) -> Key:
 def _numbers(default, doc) -> Key:
   def allowed(value):
     return isinstance(value, (tuple, list)) and all(
-        isinstance(v, (int, float)) and math.isfinite(v) and v > 0
-        for v in value)
+      isinstance(v, (int, float)) and math.isfinite(v) and v > 0 for v in value
+    )
 
   return Key(default, allowed, "a tuple of numbers above 0", doc)
 
@@ -94,210 +111,282 @@ def estimator(value: Any) -> tuple[str, int]:
 
 
 _EVERY_MODEL = {
-    "stem": _choice("cifar", ("cifar", "imagenet"),
-                    "first layer: 3×3 at full size, or 7×7 and pool to 1/4"),
-    "channels": _integer(16, 1, "channels of the first layer at scale 0"),
-    "growth": _integer(6, 1, "channels a layer adds, times the growth factor"),
-    "growth_factors": _factors((1, 2, 4), "width of each scale"),
-    "bottleneck_factors": _factors(
-        (1, 2, 4), "bottleneck width of each scale, times its growth"),
-    "reduction": _number(
-        0, 1, "fraction of channels a transition keeps; 0: no transitions",
-        0.5),
-    "classifier_width": _integer(
-        128, 0, "channels in the exit classifiers; 0: as wide as their input"),
-    "init": _choice(
-        "pytorch", ("pytorch", "he"),
-        "kernels: uniform ±1/√fan_in, or normal of variance 2/(k²·C_out)"),
-    "dtype": _choice(
-        "float32", ("float32", "bfloat16"),
-        "of images, convolutions and activations; all else stays float32"),
-    "remat": _flag(
-        False, "compute each stage anew in derivatives: less memory, slower"),
+  "stem": _choice(
+    "cifar",
+    ("cifar", "imagenet"),
+    "first layer: 3×3 at full size, or 7×7 and pool to 1/4",
+  ),
+  "channels": _integer(16, 1, "channels of the first layer at scale 0"),
+  "growth": _integer(6, 1, "channels a layer adds, times the growth factor"),
+  "growth_factors": _factors((1, 2, 4), "width of each scale"),
+  "bottleneck_factors": _factors(
+    (1, 2, 4), "bottleneck width of each scale, times its growth"
+  ),
+  "reduction": _number(
+    0, 1, "fraction of channels a transition keeps; 0: no transitions", 0.5
+  ),
+  "classifier_width": _integer(
+    128, 0, "channels in the exit classifiers; 0: as wide as their input"
+  ),
+  "init": _choice(
+    "pytorch",
+    ("pytorch", "he"),
+    "kernels: uniform ±1/√fan_in, or normal of variance 2/(k²·C_out)",
+  ),
+  "dtype": _choice(
+    "float32",
+    ("float32", "bfloat16"),
+    "of images, convolutions and activations; all else stays float32",
+  ),
+  "remat": _flag(
+    False, "compute each stage anew in derivatives: less memory, slower"
+  ),
 }
 
 MODEL_KEYS = {
-    "msdnet": {
-        "num_exits": _integer(5, 1, "K; 5 or 7 in the paper"),
-        "step": _integer(1, 1, "layers between exits"),
-        "step_mode": _choice(
-            "lin_grow", ("even", "lin_grow"),
-            "block k has step layers, or step·k + 1"),
-        "base": _integer(1, 1, "layers before the first exit"),
-        "bottleneck": _flag(True, "1×1 convolution in front of every 3×3"),
-        "prune": _choice(
-            "max", ("max", "min"),
-            "drop scales evenly over the depth, or only at its end"),
-        **_EVERY_MODEL,
-    },
-    "ranet": {
-        "blocks": _integer(2, 1, "blocks, and exits, of the coarsest flow"),
-        "block_step": _integer(2, 1, "exits a flow adds to the one before"),
-        "step": _integer(2, 1, "layers in a block"),
-        "step_mode": _choice(
-            "lg", ("even", "lg"), "block b has step layers, or step·b"),
-        "scales": _factors(
-            (1, 2, 3), "scale of each flow, coarsest first; 1 is the coarsest"),
-        "compress": _number(
-            0, 1, "share of a fused layer's growth from the flow before", 0.25,
-            open_low=True),
-        **_EVERY_MODEL,
-        "growth_factors": _factors((4, 2, 1), "width of each flow"),
-        "bottleneck_factors": _factors(
-            (4, 2, 1), "bottleneck width of each flow, times its growth"),
-        "init": _choice(
-            "he", ("pytorch", "he"),
-            "kernels behind the first layer: as released, or uniform "
-            "±1/√fan_in"),
-    },
+  "msdnet": {
+    "num_exits": _integer(5, 1, "K; 5 or 7 in the paper"),
+    "step": _integer(1, 1, "layers between exits"),
+    "step_mode": _choice(
+      "lin_grow", ("even", "lin_grow"), "block k has step layers, or step·k + 1"
+    ),
+    "base": _integer(1, 1, "layers before the first exit"),
+    "bottleneck": _flag(True, "1×1 convolution in front of every 3×3"),
+    "prune": _choice(
+      "max", ("max", "min"), "drop scales evenly over the depth, or only at its end"
+    ),
+    **_EVERY_MODEL,
+  },
+  "ranet": {
+    "blocks": _integer(2, 1, "blocks, and exits, of the coarsest flow"),
+    "block_step": _integer(2, 1, "exits a flow adds to the one before"),
+    "step": _integer(2, 1, "layers in a block"),
+    "step_mode": _choice(
+      "lg", ("even", "lg"), "block b has step layers, or step·b"
+    ),
+    "scales": _factors(
+      (1, 2, 3), "scale of each flow, coarsest first; 1 is the coarsest"
+    ),
+    "compress": _number(
+      0,
+      1,
+      "share of a fused layer's growth from the flow before",
+      0.25,
+      open_low=True,
+    ),
+    **_EVERY_MODEL,
+    "growth_factors": _factors((4, 2, 1), "width of each flow"),
+    "bottleneck_factors": _factors(
+      (4, 2, 1), "bottleneck width of each flow, times its growth"
+    ),
+    "init": _choice(
+      "he",
+      ("pytorch", "he"),
+      "kernels behind the first layer: as released, or uniform ±1/√fan_in",
+    ),
+  },
 }
 
 _NAME = {"name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone")}
 
 KEYS = {
-    "seed": _integer(0, 0, "root of every random number of a run"),
-    "method": _choice(
-        "l2w", ("l2w", "uniform", "fixed", "random", "easy_early",
-                "equilibrium", "distill"),
-        "learned sample weights; the plain sum of exit losses; or with "
-        "exit_weights, random weights, weights that favour easy samples early, "
-        "gradient equilibrium, or self-distillation"),
-    "epochs": _integer(300, 1, "passes over the train split"),
-    "batch": _integer(
-        1024, 2, "loader batch 2B in images over all devices; two updates"),
-    "label_smoothing": _number(
-        0, 0.999, "probability mass spread over classes in the training loss",
-        0.0),
-    "data": {
-        "source": _text(
-            "digits", "which images: digits, npz:PATH, tfds:NAME, folder:PATH, "
-            "synthetic:HEIGHTxWIDTHxCHANNELS"),
-        "data_dir": Key(
-            "", lambda value: isinstance(value, str), "a string",
-            "where prepared tfds sets lie; empty: where TFDS puts them"),
-        "seed": _integer(
-            0, 0, "draws what is held out, left out and mislabelled; does not "
-            "follow config.seed, so that runs share their images"),
-        "calibration": _integer(
-            5000, 0, "images held out of train, the same number of each class; "
-            "0: none. Sources with a calibration split (digits) keep theirs"),
-        "imbalance": _number(
-            1, math.inf, "first class over last class of a long-tailed train "
-            "split (Cui et al., CVPR 2019); 1: as it is", 1.0),
-        "label_noise": _number(
-            0, 0.999, "share of train labels changed to another class", 0.0),
-        "corrupt": _choice(
-            "fail", ("fail", "skip"), "what unreadable images lead to"),
-        "image_size": _integer(
-            0, 0, "pixels of the square that images are resized and cropped to; "
-            "0: as they are"),
-        "feed": _choice(
-            "auto", ("auto", "resident", "streaming"),
-            "keep images on the devices, or decode them as they are needed; "
-            "auto: resident up to 1 GiB of pixels"),
-        "augment": _choice(
-            "none", ("none", "shift", "shift_flip", "crop_flip"),
-            "random pad-and-crop by `pad`, and mirror; or RandomResizedCrop to "
-            "`image_size`, and mirror"),
-        "pad": _integer(4, 0, "pixels of padding for the random shift"),
-        "mean": _numbers((), "of pixels, per channel; (): of the train images"),
-        "std": _numbers((), "of pixels, per channel; (): of the train images"),
-    },
-    "optimizer": {
-        "learning_rate": _number(
-            0, math.inf, "α of SGD, cosine to 0 per step", 0.8, open_low=True),
-        "momentum": _number(0, 0.9999, "of SGD, no dampening", 0.9),
-        "weight_decay": _number(
-            0, math.inf, "of SGD, coupled, on every parameter", 1e-4),
-    },
-    "meta": {
-        "epsilon": _number(0, 1, "ε, how far a weight may move from 1", 0.8),
-        "q": _number(
-            0, math.inf, "exit k gets p_k ∝ q^k; reference: target_p_index/20",
-            0.75, open_low=True),
-        "center_over": _choice(
-            "exits", ("exits", "batch", "all"),
-            "weights average to 1 over it; reference: col, row, mat"),
-        "inputs": _choice(
-            "loss", ("loss", "confidence", "both"), "what the WPN looks at"),
-        "estimator": Key(
-            "grad", lambda value: bool(estimator(value)[0]),
-            "one of 'grad', 'jvp', 'finite_difference', 'first_order' or "
-            "'unroll:T' with a whole number T ≥ 1",
-            "of the WPN gradient, Eq. 8; T: look-ahead of T steps on T parts of "
-            "the half"),
-        "objective": _choice(
-            "allocated", ("allocated", "plain"),
-            "meta samples count at the exit they would leave from, or, as an "
-            "ablation, at every exit"),
-        "interval": _integer(
-            1, 1, "loader batches between WPN updates, counted in an epoch"),
-        "hidden": _integer(500, 1, "units in a hidden layer of the WPN"),
-        "layers": _integer(1, 1, "hidden layers of the WPN"),
-        "learning_rate": _number(
-            0, math.inf, "β of Adam, cosine to 0 per step", 1e-4,
-            open_low=True),
-        "weight_decay": _number(
-            0, math.inf, "of Adam, L2 in the gradient", 1e-4),
-    },
-    "baseline": {
-        "exit_weights": _numbers(
-            (), "method fixed: the weight of each exit's loss"),
-        "distill": _number(
-            0, 1, "method distill: share of the last exit's soft labels in the "
-            "loss of an earlier exit", 0.5),
-        "temperature": _number(
-            0, math.inf, "method distill: softens both", 3.0, open_low=True),
-    },
-    "evaluate": {
-        "batch": _integer(512, 1, "images per evaluation step on a device"),
-        "every": _integer(10, 1, "epochs between calibration accuracies"),
-        "calibration": _choice(
-            "held_out", ("held_out", "released"),
-            "search for thresholds: never beyond a budget, or as released, "
-            "which may also search on the train split"),
-        "confidence": _choice(
-            "probability", ("probability", "margin", "entropy", "patience"),
-            "what an exit's threshold is compared with"),
-        "target": _text(
-            "q:0.75", "thresholds to run and export with: q:Q, macs:M, "
-            "accuracy:A or risk:R:DELTA"),
-    },
-    "diagnose": {
-        "every": _integer(
-            0, 0, "steps between diagnoses of the meta-gradient and the weights "
-            "(diagnostics.py), the first before step 1; 0: none"),
-        "estimators": Key(
-            ("jvp", "finite_difference", "first_order", "unroll:2"),
-            lambda value: isinstance(value, (tuple, list)) and all(
-                estimator(name)[0] for name in value),
-            "a tuple of values of config.meta.estimator",
-            "compared with the exact gradient"),
-        "half": _integer(64, 2, "images in a half, train and meta"),
-        "meta_halves": _integer(8, 2, "M, meta halves for one train half"),
-    },
-    "log": {
-        "every": _integer(
-            1, 1, "steps per line of metrics.jsonl"),
-        "weights_every": _integer(
-            10, 1, "epochs between pictures of weights against loss"),
-        "seconds": _number(
-            0, math.inf, "between progress lines in a log", 10.0,
-            open_low=True),
-    },
-    "checkpoint": {
-        "every": _integer(10, 1, "epochs between checkpoints"),
-        "keep": _integer(2, 1, "checkpoints kept"),
-    },
-    "num_devices": _integer(
-        0, 0, "devices that share a batch; 0: all of the run"),
-    "microbatches": _integer(
-        1, 1, "parts of a half that a device computes in turn: less memory, 1.4 "
-        "times the operations; BatchNorm's statistics are then those of a part"),
-    "sync": _choice(
-        "global", ("global", "local"),
-        "devices compute as one, or as released: BatchNorm, centring, ranking and "
-        "pseudo step on each, only the gradients averaged"),
+  "seed": _integer(0, 0, "root of every random number of a run"),
+  "method": _choice(
+    "l2w",
+    ("l2w", "uniform", "fixed", "random", "easy_early", "equilibrium", "distill"),
+    "learned sample weights; the plain sum of exit losses; or with "
+    "exit_weights, random weights, weights that favour easy samples early, "
+    "gradient equilibrium, or self-distillation",
+  ),
+  "epochs": _integer(300, 1, "passes over the train split"),
+  "batch": _integer(
+    1024, 2, "loader batch 2B in images over all devices; two updates"
+  ),
+  "label_smoothing": _number(
+    0, 0.999, "probability mass spread over classes in the training loss", 0.0
+  ),
+  "data": {
+    "source": _text(
+      "digits",
+      "which images: digits, npz:PATH, tfds:NAME, folder:PATH, "
+      "synthetic:HEIGHTxWIDTHxCHANNELS",
+    ),
+    "data_dir": Key(
+      "",
+      lambda value: isinstance(value, str),
+      "a string",
+      "where prepared tfds sets lie; empty: where TFDS puts them",
+    ),
+    "seed": _integer(
+      0,
+      0,
+      "draws what is held out, left out and mislabelled; does not "
+      "follow config.seed, so that runs share their images",
+    ),
+    "calibration": _integer(
+      5000,
+      0,
+      "images held out of train, the same number of each class; "
+      "0: none. Sources with a calibration split (digits) keep theirs",
+    ),
+    "imbalance": _number(
+      1,
+      math.inf,
+      "first class over last class of a long-tailed train "
+      "split (Cui et al., CVPR 2019); 1: as it is",
+      1.0,
+    ),
+    "label_noise": _number(
+      0, 0.999, "share of train labels changed to another class", 0.0
+    ),
+    "corrupt": _choice("fail", ("fail", "skip"), "what unreadable images lead to"),
+    "image_size": _integer(
+      0,
+      0,
+      "pixels of the square that images are resized and cropped to; 0: as they are",
+    ),
+    "feed": _choice(
+      "auto",
+      ("auto", "resident", "streaming"),
+      "keep images on the devices, or decode them as they are needed; "
+      "auto: resident up to 1 GiB of pixels",
+    ),
+    "augment": _choice(
+      "none",
+      ("none", "shift", "shift_flip", "crop_flip"),
+      "random pad-and-crop by `pad`, and mirror; or RandomResizedCrop to "
+      "`image_size`, and mirror",
+    ),
+    "pad": _integer(4, 0, "pixels of padding for the random shift"),
+    "mean": _numbers((), "of pixels, per channel; (): of the train images"),
+    "std": _numbers((), "of pixels, per channel; (): of the train images"),
+  },
+  "optimizer": {
+    "learning_rate": _number(
+      0, math.inf, "α of SGD, cosine to 0 per step", 0.8, open_low=True
+    ),
+    "momentum": _number(0, 0.9999, "of SGD, no dampening", 0.9),
+    "weight_decay": _number(
+      0, math.inf, "of SGD, coupled, on every parameter", 1e-4
+    ),
+  },
+  "meta": {
+    "epsilon": _number(0, 1, "ε, how far a weight may move from 1", 0.8),
+    "q": _number(
+      0,
+      math.inf,
+      "exit k gets p_k ∝ q^k; reference: target_p_index/20",
+      0.75,
+      open_low=True,
+    ),
+    "center_over": _choice(
+      "exits",
+      ("exits", "batch", "all"),
+      "weights average to 1 over it; reference: col, row, mat",
+    ),
+    "inputs": _choice(
+      "loss", ("loss", "confidence", "both"), "what the WPN looks at"
+    ),
+    "estimator": Key(
+      "grad",
+      lambda value: bool(estimator(value)[0]),
+      "one of 'grad', 'jvp', 'finite_difference', 'first_order' or "
+      "'unroll:T' with a whole number T ≥ 1",
+      "of the WPN gradient, Eq. 8; T: look-ahead of T steps on T parts of the half",
+    ),
+    "objective": _choice(
+      "allocated",
+      ("allocated", "plain"),
+      "meta samples count at the exit they would leave from, or, as an "
+      "ablation, at every exit",
+    ),
+    "interval": _integer(
+      1, 1, "loader batches between WPN updates, counted in an epoch"
+    ),
+    "hidden": _integer(500, 1, "units in a hidden layer of the WPN"),
+    "layers": _integer(1, 1, "hidden layers of the WPN"),
+    "learning_rate": _number(
+      0, math.inf, "β of Adam, cosine to 0 per step", 1e-4, open_low=True
+    ),
+    "weight_decay": _number(0, math.inf, "of Adam, L2 in the gradient", 1e-4),
+  },
+  "baseline": {
+    "exit_weights": _numbers((), "method fixed: the weight of each exit's loss"),
+    "distill": _number(
+      0,
+      1,
+      "method distill: share of the last exit's soft labels in the "
+      "loss of an earlier exit",
+      0.5,
+    ),
+    "temperature": _number(
+      0, math.inf, "method distill: softens both", 3.0, open_low=True
+    ),
+  },
+  "evaluate": {
+    "batch": _integer(512, 1, "images per evaluation step on a device"),
+    "every": _integer(10, 1, "epochs between calibration accuracies"),
+    "calibration": _choice(
+      "held_out",
+      ("held_out", "released"),
+      "search for thresholds: never beyond a budget, or as released, "
+      "which may also search on the train split",
+    ),
+    "confidence": _choice(
+      "probability",
+      ("probability", "margin", "entropy", "patience"),
+      "what an exit's threshold is compared with",
+    ),
+    "target": _text(
+      "q:0.75",
+      "thresholds to run and export with: q:Q, macs:M, accuracy:A or risk:R:DELTA",
+    ),
+  },
+  "diagnose": {
+    "every": _integer(
+      0,
+      0,
+      "steps between diagnoses of the meta-gradient and the weights "
+      "(diagnostics.py), the first before step 1; 0: none",
+    ),
+    "estimators": Key(
+      ("jvp", "finite_difference", "first_order", "unroll:2"),
+      lambda value: (
+        isinstance(value, (tuple, list))
+        and all(estimator(name)[0] for name in value)
+      ),
+      "a tuple of values of config.meta.estimator",
+      "compared with the exact gradient",
+    ),
+    "half": _integer(64, 2, "images in a half, train and meta"),
+    "meta_halves": _integer(8, 2, "M, meta halves for one train half"),
+  },
+  "log": {
+    "every": _integer(1, 1, "steps per line of metrics.jsonl"),
+    "weights_every": _integer(
+      10, 1, "epochs between pictures of weights against loss"
+    ),
+    "seconds": _number(
+      0, math.inf, "between progress lines in a log", 10.0, open_low=True
+    ),
+  },
+  "checkpoint": {
+    "every": _integer(10, 1, "epochs between checkpoints"),
+    "keep": _integer(2, 1, "checkpoints kept"),
+  },
+  "num_devices": _integer(0, 0, "devices that share a batch; 0: all of the run"),
+  "microbatches": _integer(
+    1,
+    1,
+    "parts of a half that a device computes in turn: less memory, 1.4 "
+    "times the operations; BatchNorm's statistics are then those of a part",
+  ),
+  "sync": _choice(
+    "global",
+    ("global", "local"),
+    "devices compute as one, or as released: BatchNorm, centring, ranking and "
+    "pseudo step on each, only the gradients averaged",
+  ),
 }
 
 
@@ -313,21 +402,27 @@ def defaults(model: str = "msdnet") -> ConfigDict:
 
 
 def differences(
-    config: ConfigDict, other: ConfigDict, ignore: tuple[str, ...] = (),
+  config: ConfigDict, other: ConfigDict, ignore: tuple[str, ...] = ()
 ) -> list[str]:
-  """"key is A here and B there" for every key that differs.
+  """ "key is A here and B there" for every key that differs.
 
   Args:
     config, other: validated configs.
     ignore: keys that may differ; one with keys of its own stands for all.
   """
   flat, other_flat = (
-      {key: value for key, value in _flat(c)
-       if not {key, key.split(".")[0]} & set(ignore)}
-      for c in (config, other))
-  return [f"{key} is {flat.get(key)!r} here and {other_flat.get(key)!r} there"
-          for key in sorted(flat.keys() | other_flat.keys())
-          if flat.get(key) != other_flat.get(key)]
+    {
+      key: value
+      for key, value in _flat(c)
+      if not {key, key.split(".")[0]} & set(ignore)
+    }
+    for c in (config, other)
+  )
+  return [
+    f"{key} is {flat.get(key)!r} here and {other_flat.get(key)!r} there"
+    for key in sorted(flat.keys() | other_flat.keys())
+    if flat.get(key) != other_flat.get(key)
+  ]
 
 
 def _flat(config: ConfigDict, prefix: str = ""):
@@ -339,14 +434,18 @@ def _flat(config: ConfigDict, prefix: str = ""):
 
 
 def _default_values(keys: Mapping) -> dict[str, Any]:
-  return {name: _default_values(key) if isinstance(key, Mapping)
-          else key.default for name, key in keys.items()}
+  return {
+    name: _default_values(key) if isinstance(key, Mapping) else key.default
+    for name, key in keys.items()
+  }
 
 
 def _model_keys(model: Any) -> Mapping[str, Key]:
   if model not in MODEL_KEYS:
-    raise ValueError(f"unknown model {model!r} in config.model.name; choose "
-                     f"one of {', '.join(map(repr, MODEL_KEYS))}")
+    raise ValueError(
+      f"unknown model {model!r} in config.model.name; choose "
+      f"one of {', '.join(map(repr, MODEL_KEYS))}"
+    )
   return MODEL_KEYS[model]
 
 
@@ -358,20 +457,20 @@ def validate(config: ConfigDict) -> ConfigDict:
   """
   model = config.get("model")
   # Without a name, any table serves to say that the name is missing.
-  name = (model.get("name", "msdnet") if isinstance(model, ConfigDict)
-          else "msdnet")
+  name = model.get("name", "msdnet") if isinstance(model, ConfigDict) else "msdnet"
   _validate(config, {**KEYS, "model": {**_NAME, **_model_keys(name)}}, "config")
   if not config.data.calibration and config.evaluate.calibration == "held_out":
     raise ValueError(
-        "config.data.calibration=0 holds nothing out to choose thresholds on; set "
-        "config.evaluate.calibration=released to choose them on the train split")
+      "config.data.calibration=0 holds nothing out to choose thresholds on; set "
+      "config.evaluate.calibration=released to choose them on the train split"
+    )
   _validate_estimators(config)
-  if (config.microbatches > 1
-      and estimator(config.meta.estimator)[0] == "unroll"):
+  if config.microbatches > 1 and estimator(config.meta.estimator)[0] == "unroll":
     raise ValueError(
-        f"config.meta.estimator={config.meta.estimator!r} cuts a half by itself; "
-        f"set config.microbatches to 1 (it is {config.microbatches}), or take "
-        "another estimator")
+      f"config.meta.estimator={config.meta.estimator!r} cuts a half by itself; "
+      f"set config.microbatches to 1 (it is {config.microbatches}), or take "
+      "another estimator"
+    )
   return config
 
 
@@ -380,20 +479,23 @@ def _validate_estimators(config: ConfigDict) -> None:
   if config.diagnose.every:
     if config.method != "l2w":
       raise ValueError(
-          f"config.diagnose.every={config.diagnose.every} looks at meta-gradients, "
-          f"which method {config.method!r} does not have; set it to 0")
+        f"config.diagnose.every={config.diagnose.every} looks at meta-gradients, "
+        f"which method {config.method!r} does not have; set it to 0"
+      )
     asked["diagnose.estimators"] = tuple(config.diagnose.estimators)
     for name in config.diagnose.estimators:
       if config.diagnose.half % estimator(name)[1]:
         raise ValueError(
-            f"config.diagnose.half={config.diagnose.half} does not split into the "
-            f"equal parts of {name!r}; use a multiple of {estimator(name)[1]}")
+          f"config.diagnose.half={config.diagnose.half} does not split into the "
+          f"equal parts of {name!r}; use a multiple of {estimator(name)[1]}"
+        )
   for key, names in asked.items():
     if "first_order" in names and config.meta.center_over == "batch":
       raise ValueError(
-          f"config.{key} has 'first_order', which treats the samples of an exit "
-          "alike, so weights centred over the batch cancel its gradient; set "
-          "config.meta.center_over to exits or all, or leave it out")
+        f"config.{key} has 'first_order', which treats the samples of an exit "
+        "alike, so weights centred over the batch cancel its gradient; set "
+        "config.meta.center_over to exits or all, or leave it out"
+      )
 
 
 def check_key(key: str) -> None:
@@ -406,8 +508,9 @@ def check_key(key: str) -> None:
   node, path = {**KEYS, "model": {**_NAME, **models}}, "config"
   for name in key.split("."):
     if not isinstance(node, Mapping):
-      raise ValueError(f"{path} is a value and has no keys, so {path}.{name} "
-                       "does not exist")
+      raise ValueError(
+        f"{path} is a value and has no keys, so {path}.{name} does not exist"
+      )
     if name not in node:
       raise ValueError(unknown_key(f"{path}.{name}", node))
     node, path = node[name], f"{path}.{name}"
@@ -415,8 +518,7 @@ def check_key(key: str) -> None:
 
 def _validate(values: Any, keys: Mapping, path: str) -> None:
   if not isinstance(values, ConfigDict):
-    raise ValueError(f"{path} must hold the keys {', '.join(keys)}, got "
-                     f"{values!r}")
+    raise ValueError(f"{path} must hold the keys {', '.join(keys)}, got {values!r}")
   for name in values:
     if name not in keys:
       raise ValueError(unknown_key(f"{path}.{name}", keys))
@@ -428,11 +530,13 @@ def _validate(values: Any, keys: Mapping, path: str) -> None:
       _validate(values[name], key, full)
     elif not key.allowed(values[name]):
       raise ValueError(
-          f"{full} must be {key.says}, got {values[name]!r} ({key.doc})")
+        f"{full} must be {key.says}, got {values[name]!r} ({key.doc})"
+      )
 
 
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
   """A locked ConfigDict from plain values, such as those of a config.json."""
+
   def tuples(value):
     if isinstance(value, Mapping):
       return {name: tuples(v) for name, v in value.items()}
@@ -446,12 +550,12 @@ def unknown_key(path: str, keys) -> str:
   parent, _, name = path.rpartition(".")
   close = difflib.get_close_matches(name, keys, n=1)
   hint = f"did you mean {parent}.{close[0]}? " if close else ""
-  return (f"{path} does not exist; {hint}keys of {parent}: "
-          f"{', '.join(sorted(keys))}")
+  return f"{path} does not exist; {hint}keys of {parent}: {', '.join(sorted(keys))}"
 
 
 def load_config(
-    path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  path: str, overrides: Mapping[str, Any] | None = None
+) -> ConfigDict:
   """A config file's ConfigDict with overrides, validated.
 
   Args:
@@ -471,8 +575,7 @@ def load_config(
   return with_overrides(config, overrides or {})
 
 
-def with_overrides(
-    config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
   """The config itself with dotted key -> value set, validated.
 
   Raises:
@@ -492,8 +595,9 @@ def _override(config: ConfigDict, key: str, value: Any) -> None:
     node, path = node[parent], f"{path}.{parent}"
   if name not in node:
     raise ValueError(unknown_key(f"{path}.{name}", list(node)))
-  error = ValueError(f"{path}.{name} must be of the type of {node[name]!r}, got "
-                     f"{value!r}")
+  error = ValueError(
+    f"{path}.{name} must be of the type of {node[name]!r}, got {value!r}"
+  )
   # ConfigDict would make 1.0 of a True.
   if isinstance(value, bool) and not isinstance(node[name], bool):
     raise error

@@ -8,6 +8,7 @@ state_dict that PyTorch loads. Names in a released state_dict follow from ours;
 `torch_names` is the whole correspondence. PyTorch is needed only to read and
 write its files.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -27,15 +28,39 @@ from l2w_jax import config as config_lib
 from l2w_jax.models.backbone import Backbone, Variables
 from l2w_jax.run import command, directory
 
-_RENAMED = {"convs": "m", "flows": "scale_flows", "first_layer": "FirstLayer",
-            "transition": "trans"}
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias",
-           "mean": "running_mean", "var": "running_var"}
+_RENAMED = {
+  "convs": "m",
+  "flows": "scale_flows",
+  "first_layer": "FirstLayer",
+  "transition": "trans",
+}
+_LEAVES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
 # Where a part comes in a released state_dict; numbers count up.
-_ORDER = ("blocks", "scale_flows", "classifier", "FirstLayer",
-          "layers", "conv_last", "trans", "m", "linear",
-          "conv_down", "conv_up", "conv_normal", "net",
-          "weight", "bias", "running_mean", "running_var")
+_ORDER = (
+  "blocks",
+  "scale_flows",
+  "classifier",
+  "FirstLayer",
+  "layers",
+  "conv_last",
+  "trans",
+  "m",
+  "linear",
+  "conv_down",
+  "conv_up",
+  "conv_normal",
+  "net",
+  "weight",
+  "bias",
+  "running_mean",
+  "running_var",
+)
 _COUNTER = "num_batches_tracked"  # BatchNorm's; only momentum=None reads it
 
 Path = tuple[str, ...]
@@ -78,8 +103,9 @@ def _rename(module: str) -> str:
 
 
 def _position(name: str) -> list[int]:
-  return [int(part) if part.isdigit() else _ORDER.index(part)
-          for part in name.split(".")]
+  return [
+    int(part) if part.isdigit() else _ORDER.index(part) for part in name.split(".")
+  ]
 
 
 def _to_torch(array: np.ndarray) -> np.ndarray:
@@ -91,8 +117,7 @@ def _from_torch(array: np.ndarray) -> np.ndarray:
   return array.transpose({4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim))
 
 
-def import_released(
-    state_dict: Mapping[str, Any], backbone: Backbone) -> Variables:
+def import_released(state_dict: Mapping[str, Any], backbone: Backbone) -> Variables:
   """Variables of a backbone from a released state_dict.
 
   Args:
@@ -106,16 +131,23 @@ def import_released(
   Raises:
     ValueError: names are missing or unknown, or shapes differ.
   """
-  weights = {name: array for name, array in _weights(state_dict).items()
-             if not name.endswith(_COUNTER)}
+  weights = {
+    name: array
+    for name, array in _weights(state_dict).items()
+    if not name.endswith(_COUNTER)
+  }
   template = traverse_util.flatten_dict(
-      jax.eval_shape(backbone.init, jax.random.key(0)))
+    jax.eval_shape(backbone.init, jax.random.key(0))
+  )
   names = torch_names(traverse_util.unflatten_dict(template))
-  shapes = {name: _to_torch(np.empty(template[path].shape, bool)).shape
-            for path, name in names.items()}
+  shapes = {
+    name: _to_torch(np.empty(template[path].shape, bool)).shape
+    for path, name in names.items()
+  }
   _check(weights, shapes)
-  return traverse_util.unflatten_dict({
-      path: _array(weights[name]) for path, name in names.items()})
+  return traverse_util.unflatten_dict(
+    {path: _array(weights[name]) for path, name in names.items()}
+  )
 
 
 def _array(weight: Any) -> jax.Array:
@@ -137,8 +169,9 @@ def export_released(variables: Variables, backbone: Backbone) -> StateDict:
     if path not in leaves or leaves[path].shape != leaf.shape:
       found = leaves[path].shape if path in leaves else "missing"
       raise ValueError(
-          f"the variables do not fit the backbone: {'/'.join(path)} is {found} "
-          f"and should be {leaf.shape}; build the backbone they were made with")
+        f"the variables do not fit the backbone: {'/'.join(path)} is {found} "
+        f"and should be {leaf.shape}; build the backbone they were made with"
+      )
   state_dict = {}
   for path, name in torch_names(template).items():
     state_dict[name] = np.ascontiguousarray(_to_torch(np.asarray(leaves[path])))
@@ -165,9 +198,13 @@ def import_released_wpn(state_dict: Mapping[str, Any]) -> PyTree:
     shapes[f"{layer}.bias"] = (fan_out,)
     fan_in = fan_out
   _check(weights, shapes)
-  return {ours: {"kernel": _array(weights[f"{layer}.weight"]),
-                 "bias": _array(weights[f"{layer}.bias"])}
-          for ours, layer in names.items()}
+  return {
+    ours: {
+      "kernel": _array(weights[f"{layer}.weight"]),
+      "bias": _array(weights[f"{layer}.bias"]),
+    }
+    for ours, layer in names.items()
+  }
 
 
 def export_released_wpn(wpn_params: PyTree) -> StateDict:
@@ -175,7 +212,8 @@ def export_released_wpn(wpn_params: PyTree) -> StateDict:
   state_dict = {}
   for ours, layer in _wpn_names(len(wpn_params) - 1).items():
     state_dict[f"{layer}.weight"] = np.ascontiguousarray(
-        _to_torch(np.asarray(wpn_params[ours]["kernel"])))
+      _to_torch(np.asarray(wpn_params[ours]["kernel"]))
+    )
     state_dict[f"{layer}.bias"] = np.asarray(wpn_params[ours]["bias"])
   return state_dict
 
@@ -183,10 +221,10 @@ def export_released_wpn(wpn_params: PyTree) -> StateDict:
 def _wpn_names(hidden: int) -> dict[str, str]:
   """Layer of ours -> of the released WPN, with `hidden` hidden layers."""
   return {
-      "hidden_0": "first_hidden_layer.fc",
-      **{f"hidden_{i}": f"rest_hidden_layers.{i - 1}.fc"
-         for i in range(1, hidden)},
-      "output": "output_layer"}
+    "hidden_0": "first_hidden_layer.fc",
+    **{f"hidden_{i}": f"rest_hidden_layers.{i - 1}.fc" for i in range(1, hidden)},
+    "output": "output_layer",
+  }
 
 
 def _weights(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -194,8 +232,9 @@ def _weights(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
   for key in ("state_dict", "model"):
     if isinstance(state_dict.get(key), Mapping):
       return _weights(state_dict[key])
-  return {name.removeprefix("module."): weight
-          for name, weight in state_dict.items()}
+  return {
+    name.removeprefix("module."): weight for name, weight in state_dict.items()
+  }
 
 
 def _check(weights: Mapping[str, Any], shapes: dict[str, tuple]) -> None:
@@ -203,20 +242,26 @@ def _check(weights: Mapping[str, Any], shapes: dict[str, tuple]) -> None:
   missing = [name for name in shapes if name not in weights]
   unknown = [name for name in weights if name not in shapes]
   differing = [
-      name for name, shape in shapes.items()
-      if name in weights and np.shape(weights[name]) != shape]
+    name
+    for name, shape in shapes.items()
+    if name in weights and np.shape(weights[name]) != shape
+  ]
   faults = [
-      f"{len(names)} name(s) {fault}, first {names[0]}"
-      for fault, names in (("missing", missing), ("unknown", unknown)) if names]
+    f"{len(names)} name(s) {fault}, first {names[0]}"
+    for fault, names in (("missing", missing), ("unknown", unknown))
+    if names
+  ]
   if differing:
     name = differing[0]
     faults.append(
-        f"{len(differing)} shape(s) differ, first {name}: "
-        f"{np.shape(weights[name])} in the checkpoint, {shapes[name]} expected")
+      f"{len(differing)} shape(s) differ, first {name}: "
+      f"{np.shape(weights[name])} in the checkpoint, {shapes[name]} expected"
+    )
   if faults:
     raise ValueError(
-        f"the checkpoint does not fit: {'; '.join(faults)}; "
-        f"{_advice((missing or unknown or differing)[0])}")
+      f"the checkpoint does not fit: {'; '.join(faults)}; "
+      f"{_advice((missing or unknown or differing)[0])}"
+    )
 
 
 def _advice(name: str) -> str:
@@ -227,8 +272,10 @@ def _advice(name: str) -> str:
     return "check that it is a weight prediction network (MLP_tanh)"
   if re.match(r"(FirstLayer|blocks\.0\.0)\.", name):
     return "check model.name, model.stem, model.channels and growth_factors"
-  return ("check model.name, the number and length of the blocks, model.growth, "
-          "growth_factors and bottleneck_factors")
+  return (
+    "check model.name, the number and length of the blocks, model.growth, "
+    "growth_factors and bottleneck_factors"
+  )
 
 
 def load_torch(path: pathlib.Path) -> Mapping[str, Any]:
@@ -240,9 +287,14 @@ def load_torch(path: pathlib.Path) -> Mapping[str, Any]:
   torch = _torch()
   scalar = np.float64(0).__reduce__()[0]
   harmless = [
-      (scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype,
-      *(type(np.dtype(name)) for name in (
-          "float32", "float64", "int32", "int64", "bool"))]  # best accuracies
+    (scalar, "numpy.core.multiarray.scalar"),
+    scalar,
+    np.dtype,
+    *(
+      type(np.dtype(name))
+      for name in ("float32", "float64", "int32", "int64", "bool")
+    ),
+  ]  # best accuracies
   try:
     with torch.serialization.safe_globals(harmless):
       content = torch.load(path, map_location="cpu", weights_only=True)
@@ -252,16 +304,16 @@ def load_torch(path: pathlib.Path) -> Mapping[str, Any]:
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
       raise ValueError(
-          f"{path} holds a {refused[1]}, which is not loaded because it could "
-          "run code; if you trust the file, write its weights alone to another: "
-          f"torch.save(torch.load({str(path)!r}, weights_only=False)"
-          "['state_dict'], 'weights.pth')") from error
+        f"{path} holds a {refused[1]}, which is not loaded because it could "
+        "run code; if you trust the file, write its weights alone to another: "
+        f"torch.save(torch.load({str(path)!r}, weights_only=False)"
+        "['state_dict'], 'weights.pth')"
+      ) from error
     raise ValueError(
-        f"{path} is not a PyTorch checkpoint, or damaged "
-        f"({type(error).__name__})") from error
+      f"{path} is not a PyTorch checkpoint, or damaged ({type(error).__name__})"
+    ) from error
   if not isinstance(content, Mapping):
-    raise ValueError(f"{path} holds a {type(content).__name__} and no "
-                     "state_dict")
+    raise ValueError(f"{path} holds a {type(content).__name__} and no state_dict")
   return content
 
 
@@ -272,8 +324,10 @@ def save_torch(path: pathlib.Path, state_dict: StateDict) -> None:
     ValueError: PyTorch is not installed.
   """
   torch = _torch()
-  torch.save({name: torch.from_numpy(np.array(array))
-              for name, array in state_dict.items()}, path)
+  torch.save(
+    {name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()},
+    path,
+  )
 
 
 def _torch():
@@ -281,14 +335,18 @@ def _torch():
     import torch
   except ImportError as error:
     raise ValueError(
-        "reading and writing PyTorch files needs PyTorch: pip install "
-        "'l2w_jax[torch]'") from error
+      "reading and writing PyTorch files needs PyTorch: pip install "
+      "'l2w_jax[torch]'"
+    ) from error
   return torch
 
 
 def write_workdir(
-    variables: Variables, config: ConfigDict, backbone: Backbone,
-    workdir: pathlib.Path) -> None:
+  variables: Variables,
+  config: ConfigDict,
+  backbone: Backbone,
+  workdir: pathlib.Path,
+) -> None:
   """A run directory with these variables at step 0, for --mode=evaluate.
 
   Raises:
@@ -296,14 +354,17 @@ def write_workdir(
   """
   from l2w_jax.training import checkpoint
   from l2w_jax.training import state as train_state
+
   if (workdir / "config.json").exists():
     raise ValueError(f"workdir {workdir} holds a run already; name another")
   state = train_state.init_state(
-      jax.random.key(config.seed), backbone, config).replace(**variables)
+    jax.random.key(config.seed), backbone, config
+  ).replace(**variables)
   workdir.mkdir(parents=True, exist_ok=True)
   with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
-    checkpoints.save(0, state, {
-        "seconds": {"train": 0.0, "compile": 0.0}, "complete": True})
+    checkpoints.save(
+      0, state, {"seconds": {"train": 0.0, "compile": 0.0}, "complete": True}
+    )
   directory.write_config(workdir, config)
 
 
@@ -311,13 +372,16 @@ def build_backbone(config: ConfigDict) -> Backbone:
   """The backbone of a config, for its own data."""
   from l2w_jax import models
   from l2w_jax.data import sources
+
   dataset = sources.load(config.data)
   return models.build_backbone(
-      config.model, dataset.num_classes, dataset.image_shape)
+    config.model, dataset.num_classes, dataset.image_shape
+  )
 
 
 def convert(
-    released: pathlib.Path, config: ConfigDict, workdir: pathlib.Path) -> None:
+  released: pathlib.Path, config: ConfigDict, workdir: pathlib.Path
+) -> None:
   """Makes a run directory of a released checkpoint."""
   backbone = build_backbone(config_lib.validate(config))
   variables = import_released(load_torch(released), backbone)
@@ -327,6 +391,7 @@ def convert(
 def export(workdir: pathlib.Path, path: pathlib.Path) -> None:
   """Writes the weights of a run directory as a released state_dict."""
   from l2w_jax.training import checkpoint
+
   config = directory.read_config(workdir)
   backbone = build_backbone(config)
   state, _ = checkpoint.restore(workdir, config, backbone)
@@ -353,8 +418,9 @@ def _main(arguments: list[str]) -> None:
       export(workdir, pathlib.Path(path))
     case _:
       raise ValueError(
-          "give RELEASED.pth.tar with --config to import, or --export=OUT.pth "
-          "alone to export")
+        "give RELEASED.pth.tar with --config to import, or --export=OUT.pth "
+        "alone to export"
+      )
 
 
 if __name__ == "__main__":

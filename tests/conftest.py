@@ -1,4 +1,5 @@
 """Set-up of the suite: types checked, compiled programs kept, one run shared."""
+
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Before JAX is imported. Programs compiled by one test, or one run of the
 # suite, serve the others and the processes that tests start.
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+  "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax")
+)
 # Programs are compiled more often than run: less optimised, they compile in half
 # the time and compute the same numbers.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -27,14 +29,21 @@ install_import_hook("l2w_jax", "conftest.check_types")
 
 # A digits run of 16 steps whose network compiles in seconds.
 TINY = {
-    "epochs": 2, "model.num_exits": 2, "model.channels": 4, "model.growth": 4,
-    "model.classifier_width": 8, "meta.hidden": 8, "checkpoint.every": 1,
-    "evaluate.every": 1, "log.weights_every": 1,
+  "epochs": 2,
+  "model.num_exits": 2,
+  "model.channels": 4,
+  "model.growth": 4,
+  "model.classifier_width": 8,
+  "meta.hidden": 8,
+  "checkpoint.every": 1,
+  "evaluate.every": 1,
+  "log.weights_every": 1,
 }
 
 
 class Command(NamedTuple):
   """What `python -m l2w_jax.main` with some flags returned and wrote."""
+
   code: int
   out: str
   err: str
@@ -43,18 +52,25 @@ class Command(NamedTuple):
 def run_main(*flags: object) -> Command:
   """The command line in a process of its own, as a user would start it."""
   done = subprocess.run(
-      [sys.executable, "-m", "l2w_jax.main", *map(str, flags)], cwd=ROOT,
-      capture_output=True, text=True, timeout=300)
+    [sys.executable, "-m", "l2w_jax.main", *map(str, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   return Command(done.returncode, done.stdout, done.stderr)
 
 
 def tiny_flags() -> list[str]:
-  return ["--config=configs/digits.py",
-          *(f"--config.{key}={value}" for key, value in TINY.items())]
+  return [
+    "--config=configs/digits.py",
+    *(f"--config.{key}={value}" for key, value in TINY.items()),
+  ]
 
 
 class Finished(NamedTuple):
   """A finished run: do not write into its workdir, copy it."""
+
   workdir: pathlib.Path
   command: Command
 
@@ -70,15 +86,18 @@ def finished(tmp_path_factory) -> Finished:
 def tiny_config():
   """The config of `finished`."""
   from l2w_jax import config
+
   return config.load_config(str(ROOT / "configs/digits.py"), TINY)
 
 
 @pytest.fixture(scope="session")
 def _all_compilations():
   import jax
+
   events = []
   jax.monitoring.register_event_duration_secs_listener(
-      lambda event, *_, **__: events.append(event))
+    lambda event, *_, **__: events.append(event)
+  )
   return events
 
 

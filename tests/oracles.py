@@ -107,8 +107,7 @@ class Mlp:
     self.features = features
     pre = features @ self.hidden["kernel"] + self.hidden["bias"]
     self.h = np.maximum(pre, 0)
-    self.u = np.tanh(
-      self.h @ self.output["kernel"] + self.output["bias"])
+    self.u = np.tanh(self.h @ self.output["kernel"] + self.output["bias"])
     return self.u
 
   def backward(self, du):
@@ -116,7 +115,8 @@ class Mlp:
     dh = (dpre @ self.output["kernel"].T) * (self.h > 0)
     return {
       "hidden_0": {"kernel": self.features.T @ dh, "bias": dh.sum(0)},
-      "output": {"kernel": self.h.T @ dpre, "bias": dpre.sum(0)}}
+      "output": {"kernel": self.h.T @ dpre, "bias": dpre.sum(0)},
+    }
 
 
 CENTRED_AXES = {"exits": 1, "batch": 0, "all": None}
@@ -130,8 +130,9 @@ def centred(u, center_over):
 def tree_map(function, *trees):
   """Applies a function to the leaves of nested dictionaries."""
   if isinstance(trees[0], dict):
-    return {name: tree_map(function, *(tree[name] for tree in trees))
-            for name in trees[0]}
+    return {
+      name: tree_map(function, *(tree[name] for tree in trees)) for name in trees[0]
+    }
   return function(*trees)
 
 
@@ -145,11 +146,12 @@ def l2w_half_step(state, train_half, meta_half, lr, wpn_lr, c):
   """
   (x, labels), (meta_x, meta_labels) = train_half, meta_half
   num = len(x)
-  losses, confidence, dlogits, logits = linear_losses(
-    state["weight"], x, labels)
+  losses, confidence, dlogits, logits = linear_losses(state["weight"], x, labels)
   features = {
-    "loss": losses, "confidence": confidence,
-    "both": np.concatenate([losses, confidence], 1)}[c["inputs"]]
+    "loss": losses,
+    "confidence": confidence,
+    "both": np.concatenate([losses, confidence], 1),
+  }[c["inputs"]]
 
   def weights_of(mlp):
     return 1 + c["epsilon"] * centred(mlp.forward(features), c["center_over"])
@@ -162,44 +164,67 @@ def l2w_half_step(state, train_half, meta_half, lr, wpn_lr, c):
     return total
 
   def buffer(weights):
-    return (c["momentum"] * state["momentum"] + gradient(weights)
-            + c["weight_decay"] * state["weight"])
+    return (
+      c["momentum"] * state["momentum"]
+      + gradient(weights)
+      + c["weight_decay"] * state["weight"]
+    )
 
   # Eq. 7
   mlp = Mlp(state["wpn"])
   pseudo = state["weight"] - lr * buffer(weights_of(mlp))
   # The meta loss and v, its gradient at the pseudo parameters.
   meta_losses, meta_confidence, meta_dlogits, _ = linear_losses(
-    pseudo, meta_x, meta_labels)
+    pseudo, meta_x, meta_labels
+  )
   exit_of_sample = allocate(meta_confidence, c["counts"])
   v = np.zeros_like(pseudo)
   for i, k in enumerate(exit_of_sample):
     share = 1 / np.sum(exit_of_sample == k)
     v[k] += share * np.outer(meta_x[i], meta_dlogits[i, k])
   # Eq. 8: dL/dw[i,k] = -lr/B <grad of loss[i,k], v>, then through the WPN.
-  dw = np.array([
-    [-lr / num * np.sum(np.outer(x[i], dlogits[i, k]) * v[k])
-     for k in range(len(v))] for i in range(num)])
+  dw = np.array(
+    [
+      [
+        -lr / num * np.sum(np.outer(x[i], dlogits[i, k]) * v[k])
+        for k in range(len(v))
+      ]
+      for i in range(num)
+    ]
+  )
   wpn_gradient = mlp.backward(c["epsilon"] * centred(dw, c["center_over"]))
   t = state["t"] + 1
   decayed = tree_map(
-    lambda g, p: g + c["wpn_weight_decay"] * p, wpn_gradient, state["wpn"])
+    lambda g, p: g + c["wpn_weight_decay"] * p, wpn_gradient, state["wpn"]
+  )
   m = tree_map(lambda m, g: 0.9 * m + 0.1 * g, state["m"], decayed)
-  second = tree_map(
-    lambda v, g: 0.999 * v + 0.001 * g**2, state["v"], decayed)
+  second = tree_map(lambda v, g: 0.999 * v + 0.001 * g**2, state["v"], decayed)
   wpn = tree_map(
-    lambda p, m, v: p - wpn_lr * (m / (1 - 0.9**t)) / (
-      np.sqrt(v / (1 - 0.999**t)) + 1e-8), state["wpn"], m, second)
+    lambda p, m, v: (
+      p - wpn_lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    ),
+    state["wpn"],
+    m,
+    second,
+  )
   # Eq. 9
   weights = weights_of(Mlp(wpn))
   momentum = buffer(weights)
   return {
-    "weight": state["weight"] - lr * momentum, "momentum": momentum,
+    "weight": state["weight"] - lr * momentum,
+    "momentum": momentum,
     "mean": 0.9 * state["mean"] + 0.1 * logits.mean(0),
-    "wpn": wpn, "m": m, "v": second, "t": t,
-  }, {"weights": weights, "losses": losses, "wpn_gradient": wpn_gradient,
-      "meta_loss": meta_loss(meta_losses, exit_of_sample),
-      "exit_of_sample": exit_of_sample}
+    "wpn": wpn,
+    "m": m,
+    "v": second,
+    "t": t,
+  }, {
+    "weights": weights,
+    "losses": losses,
+    "wpn_gradient": wpn_gradient,
+    "meta_loss": meta_loss(meta_losses, exit_of_sample),
+    "exit_of_sample": exit_of_sample,
+  }
 
 
 def confidence(logits: np.ndarray, measure: str) -> np.ndarray:
@@ -227,16 +252,18 @@ def confidence(logits: np.ndarray, measure: str) -> np.ndarray:
 def at_most(count: int, n: int, p: float) -> float:
   """P(Binomial(n, p) <= count), summed in exact arithmetic."""
   p = Fraction(p)
-  return float(sum(math.comb(n, b) * p**b * (1 - p)**(n - b)
-                   for b in range(count + 1)))
+  return float(
+    sum(math.comb(n, b) * p**b * (1 - p) ** (n - b) for b in range(count + 1))
+  )
 
 
 def calibration_error(confidence, correct, num_bins: int) -> float:
   """Expected calibration error of one exit, bin by bin."""
   total = 0.0
   for m in range(num_bins):
-    inside = [i for i, c in enumerate(confidence)
-              if m / num_bins < c <= (m + 1) / num_bins]
+    inside = [
+      i for i, c in enumerate(confidence) if m / num_bins < c <= (m + 1) / num_bins
+    ]
     if inside:
       accuracy = np.mean([bool(correct[i]) for i in inside])
       mean = np.mean([confidence[i] for i in inside])

@@ -62,9 +62,7 @@ def allocate_reusing_samples(confidence, proportions):
 )
 def test_proportions_by_hand(q, expected):
   # float32, each share rounded once: one unit in the last place is 6e-8.
-  np.testing.assert_allclose(
-    allocation.proportions(q, 3), expected, rtol=1.3e-7
-  )
+  np.testing.assert_allclose(allocation.proportions(q, 3), expected, rtol=1.3e-7)
 
 
 def test_proportions_of_one_exit_and_of_many_q():
@@ -200,9 +198,7 @@ def test_allocation_equals_the_oracle(shape, q, levels):
   losses = rng.random(shape).astype(np.float32)
   # At most 64 float32 additions: 64 · 6e-8.
   np.testing.assert_allclose(
-    meta_loss(losses, allocated),
-    oracles.meta_loss(losses, expected),
-    rtol=4e-6,
+    meta_loss(losses, allocated), oracles.meta_loss(losses, expected), rtol=4e-6
   )
 
 
@@ -210,9 +206,7 @@ def test_allocation_equals_the_oracle(shape, q, levels):
 def test_allocation_equals_the_released_one(name):
   for case in golden_cases(name):
     confidence = confidence_of(case["logits"])
-    allocated = np.asarray(
-      allocation.allocate(confidence, case["target_probs"])
-    )
+    allocated = np.asarray(allocation.allocate(confidence, case["target_probs"]))
     np.testing.assert_array_equal(allocated.sum(1), 1)
     np.testing.assert_array_equal(allocated.argmax(1), case["exit_of_sample"])
     np.testing.assert_array_equal(allocated.sum(0), case["counts"])
@@ -231,9 +225,7 @@ def test_allocation_equals_the_released_one_up_to_twins():
     confidence = jax.nn.softmax(case["logits"], axis=-1).max(-1).T
     twins = confidence.shape[0] // 2
     np.testing.assert_array_equal(confidence[:twins], confidence[twins:])
-    allocated = np.asarray(
-      allocation.allocate(confidence, case["target_probs"])
-    )
+    allocated = np.asarray(allocation.allocate(confidence, case["target_probs"]))
     np.testing.assert_array_equal(allocated.sum(0), case["counts"])
     ours = np.asarray(allocated.argmax(1)).reshape(2, twins)
     released = case["exit_of_sample"].reshape(2, twins)
@@ -296,8 +288,7 @@ def test_program_does_not_grow_with_exits():
 
 
 @pytest.mark.parametrize(
-  ("confidence", "proportions"),
-  [((8, 5), (4,)), ((8,), (8,)), ((8, 5), (2, 5))],
+  ("confidence", "proportions"), [((8, 5), (4,)), ((8,), (8,)), ((8, 5), (2, 5))]
 )
 def test_allocation_rejects_shapes(confidence, proportions):
   with pytest.raises(ValueError, match="one K"):

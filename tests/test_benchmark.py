@@ -1,4 +1,5 @@
 """The benchmark's pieces, on a network that compiles in seconds."""
+
 import json
 import pathlib
 import sys
@@ -19,15 +20,20 @@ CONFIG = str(ROOT / "configs/digits.py")
 def measured(tmp_path_factory):
   """A finished benchmark's file and what it printed."""
   path = tmp_path_factory.mktemp("benchmark") / "results.json"
-  was = {name: getattr(jax.config, name) for name in (
-      "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
+  was = {
+    name: getattr(jax.config, name)
+    for name in (
+      "jax_compilation_cache_dir",
+      "jax_persistent_cache_min_compile_time_secs",
+    )
+  }
   patch = pytest.MonkeyPatch()
   # Peaks are those of the machine, and take longer than all the rest.
-  patch.setattr(benchmark, "peaks", lambda: {
-      "matrix_product": 2e9, "convolution": 1e9})
+  patch.setattr(
+    benchmark, "peaks", lambda: {"matrix_product": 2e9, "convolution": 1e9}
+  )
   overrides = {**TINY, "batch": 8}
-  results = benchmark.run(CONFIG, overrides, path, remat=False,
-                          rounds=2)
+  results = benchmark.run(CONFIG, overrides, path, remat=False, rounds=2)
   yield path, overrides, results
   patch.undo()
   for name, value in was.items():
@@ -37,20 +43,21 @@ def measured(tmp_path_factory):
 def test_every_figure_is_stored(measured):
   path, _, results = measured
   assert json.loads(path.read_text()) == results
-  assert set(results["compiled"]) == {
-      "forward", benchmark.HALF, *benchmark.STEPS}
+  assert set(results["compiled"]) == {"forward", benchmark.HALF, *benchmark.STEPS}
   for facts in results["compiled"].values():
-    assert min(facts[name] for name in (
-        "flops", "temporary_bytes", "compile_seconds")) > 0
+    assert (
+      min(facts[name] for name in ("flops", "temporary_bytes", "compile_seconds"))
+      > 0
+    )
   for x in results["times"].values():
     assert len(x["seconds"]) == len(x["host_seconds"]) == 2
-    assert all(0 < h <= s for s, h in zip(
-        x["seconds"], x["host_seconds"], strict=True))
+    assert all(
+      0 < h <= s for s, h in zip(x["seconds"], x["host_seconds"], strict=True)
+    )
 
 
 def test_the_step_stays_at_its_floor_of_operations(measured):
-  flops = {name: facts["flops"]
-           for name, facts in measured[2]["compiled"].items()}
+  flops = {name: facts["flops"] for name, facts in measured[2]["compiled"].items()}
   # 10 forward passes against 3. A second forward pass for the real update
   # would make it 3.67 and fail; the tiny network's WPN weighs little.
   assert 3.2 < flops["l2w"] / flops["uniform"] < 3.5
@@ -66,8 +73,7 @@ def test_the_table_has_a_line_for_each(measured):
 def test_what_is_stored_is_not_measured_again(measured, compilations):
   path, overrides, results = measured
   before = compilations()
-  again = benchmark.run(CONFIG, overrides, path, remat=False,
-                        rounds=2)
+  again = benchmark.run(CONFIG, overrides, path, remat=False, rounds=2)
   assert again == json.loads(json.dumps(results))
   assert compilations() == before
 
@@ -86,9 +92,9 @@ def test_pytorch_takes_the_same_step(tmp_path):
   jax.config.update("jax_enable_x64", True)
   try:
     program = benchmark.Program(
-        CONFIG, {**TINY, "batch": 16, **benchmark.STEPS["l2w"]})
-    pytorch = benchmark.PyTorch(
-        program, benchmark.random_batch(program.config))
+      CONFIG, {**TINY, "batch": 16, **benchmark.STEPS["l2w"]}
+    )
+    pytorch = benchmark.PyTorch(program, benchmark.random_batch(program.config))
     differences = pytorch.differences()
     seconds = [pytorch.run(name) for name in benchmark.PYTORCH.values()]
     pytorch.close()
@@ -100,9 +106,10 @@ def test_pytorch_takes_the_same_step(tmp_path):
   assert min(seconds) > 0
 
 
-@pytest.mark.parametrize("change", [
-    {"meta.inputs": "both"}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+  "change", [{"meta.inputs": "both"}, {"label_smoothing": 0.1}]
+)
 def test_what_pytorch_is_not_written_for(tmp_path, change):
-  (key, value), = change.items()
+  ((key, value),) = change.items()
   with pytest.raises(ValueError, match=f"{key}=.*not {value!r}"):
     benchmark.run(CONFIG, change, tmp_path / "x.json", pytorch=True)

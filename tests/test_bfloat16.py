@@ -1,4 +1,5 @@
 """model.dtype="bfloat16": convolutions in it, all that is kept in float32."""
+
 import re
 
 import jax
@@ -24,9 +25,11 @@ def test_convolutions_are_bfloat16_and_sums_over_batch_and_image_float32(name):
 
   def loss(params, images):
     logits, stats = backbone.apply(
-        {**variables, "params": params}, images, train=True)
+      {**variables, "params": params}, images, train=True
+    )
     assert {x.dtype for x in jax.tree.leaves((logits, stats))} == {
-        jnp.dtype("float32")}
+      jnp.dtype("float32")
+    }
     return logits.sum()
 
   variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
@@ -44,9 +47,12 @@ def test_convolutions_are_bfloat16_and_sums_over_batch_and_image_float32(name):
 
 def test_a_float32_network_has_no_bfloat16():
   backbone = build("msdnet")
-  assert "bf16" not in str(jax.make_jaxpr(backbone.apply)(
+  assert "bf16" not in str(
+    jax.make_jaxpr(backbone.apply)(
       jax.eval_shape(backbone.init, jax.random.key(0)),
-      jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)))
+      jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32),
+    )
+  )
 
 
 def test_logits_are_close_and_the_stages_agree():
@@ -66,7 +72,8 @@ def test_logits_are_close_and_the_stages_agree():
     return logits
 
   np.testing.assert_allclose(
-      staged(variables, images), ours[:, -1], atol=0.03 * np.abs(theirs).max())
+    staged(variables, images), ours[:, -1], atol=0.03 * np.abs(theirs).max()
+  )
 
 
 @pytest.mark.parametrize("estimator, parts", [("grad", 1), ("jvp", 2)])
@@ -76,11 +83,18 @@ def test_the_whole_state_and_its_gradients_stay_float32(estimator, parts):
   config.microbatches = parts
   backbone = l2w_jax.build_backbone(config.model, 10, (8, 8, 1))
   state = jax.eval_shape(
-      lambda: l2w_jax.init_state(jax.random.key(0), backbone, config))
+    lambda: l2w_jax.init_state(jax.random.key(0), backbone, config)
+  )
   step = l2w_jax.make_train_step(backbone, config, steps_per_epoch=3)
-  after, metrics = jax.eval_shape(step, state, {
+  after, metrics = jax.eval_shape(
+    step,
+    state,
+    {
       "image": jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32),
-      "label": jax.ShapeDtypeStruct((16,), jnp.int32)})
+      "label": jax.ShapeDtypeStruct((16,), jnp.int32),
+    },
+  )
   assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(
-      lambda x: x.dtype, state)
+    lambda x: x.dtype, state
+  )
   assert {str(x.dtype) for x in jax.tree.leaves(metrics)} == {"float32", "bool"}

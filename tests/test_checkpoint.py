@@ -1,4 +1,5 @@
 """Checkpoints: round trips, donated memory, and damage that is stepped over."""
+
 import json
 import pathlib
 import shutil
@@ -18,12 +19,14 @@ INFO = {"seconds": {"train": 1.5}, "complete": False}
 def make_state(seed=0):
   rng = np.random.default_rng(seed)
   return {
-      "step": jnp.asarray(seed, jnp.int32),
-      # Large and random, so that most of the bytes on disk are its values.
-      "kernel": jnp.asarray(rng.normal(size=(300, 200)), jnp.float32),
-      "half": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
-      "flags": jnp.asarray([True, False]),
-      "empty": {}, "chain": ((), jnp.asarray(2.5))}
+    "step": jnp.asarray(seed, jnp.int32),
+    # Large and random, so that most of the bytes on disk are its values.
+    "kernel": jnp.asarray(rng.normal(size=(300, 200)), jnp.float32),
+    "half": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
+    "flags": jnp.asarray([True, False]),
+    "empty": {},
+    "chain": ((), jnp.asarray(2.5)),
+  }
 
 
 def template(state):
@@ -107,8 +110,11 @@ def test_saved_is_what_the_state_was_though_its_memory_is_donated(tmp_path):
 
 def flip_a_bit(workdir: pathlib.Path, step: int):
   """Flips a bit in the middle of the largest file of a step: array values."""
-  files = [path for path in (workdir / f"checkpoints/{step}/state").rglob("*")
-           if path.is_file()]
+  files = [
+    path
+    for path in (workdir / f"checkpoints/{step}/state").rglob("*")
+    if path.is_file()
+  ]
   largest = max(files, key=lambda path: path.stat().st_size)
   data = bytearray(largest.read_bytes())
   assert len(data) > 100_000
@@ -116,8 +122,7 @@ def flip_a_bit(workdir: pathlib.Path, step: int):
   largest.write_bytes(data)
 
 
-def test_a_flipped_bit_is_seen_and_the_step_before_is_used(
-    three_steps, warnings):
+def test_a_flipped_bit_is_seen_and_the_step_before_is_used(three_steps, warnings):
   flip_a_bit(three_steps, 3)
   state, info = restore(three_steps)
   assert_same(state, make_state(2))
@@ -127,7 +132,8 @@ def test_a_flipped_bit_is_seen_and_the_step_before_is_used(
 
 
 def test_without_digests_the_flipped_bit_would_be_read_as_a_number(
-    three_steps, monkeypatch):
+  three_steps, monkeypatch
+):
   flip_a_bit(three_steps, 3)
   monkeypatch.setattr(checkpoint, "digests", lambda state: {})
   state, _ = restore(three_steps)
@@ -166,14 +172,17 @@ def test_none_usable_is_one_clear_error(three_steps, warnings):
 
 def test_another_model_is_one_clear_error(three_steps, warnings):
   other = template(make_state() | {"kernel": jnp.zeros((2, 2))})
-  with (checkpoint.Checkpoints(three_steps) as checkpoints,
-        pytest.raises(ValueError, match="may belong to another model")):
+  with (
+    checkpoint.Checkpoints(three_steps) as checkpoints,
+    pytest.raises(ValueError, match="may belong to another model"),
+  ):
     checkpoints.restore(other)
 
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_resumed_run_replaces_the_damaged_steps_after_it(
-    three_steps, warnings, step):
+  three_steps, warnings, step
+):
   """Orbax by itself saves nothing at or before its latest step."""
   for damaged in range(2, 4):
     empty_directory(three_steps / f"checkpoints/{damaged}")

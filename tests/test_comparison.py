@@ -1,4 +1,5 @@
 """Comparisons of synthetic runs, worked out by hand, and the command for them."""
+
 import json
 import pathlib
 import shutil
@@ -21,7 +22,7 @@ NUM_TEST = 50
 
 
 def write_run(
-    workdir: pathlib.Path, seed: int, gain: float, method="l2w", num_exits=3,
+  workdir: pathlib.Path, seed: int, gain: float, method="l2w", num_exits=3
 ) -> pathlib.Path:
   """A run whose accuracies lie `gain` above those of another of its seed."""
   workdir.mkdir(parents=True)
@@ -31,12 +32,14 @@ def write_run(
   for entry in results["anytime"] + results["budgeted"]:
     entry["accuracy"] += luck
   (workdir / "results.json").write_text(json.dumps(results))
-  (workdir / "metrics.jsonl").write_text("".join(
-      json.dumps(line) + "\n" for line in make_metrics(num_exits, method)))
+  (workdir / "metrics.jsonl").write_text(
+    "".join(json.dumps(line) + "\n" for line in make_metrics(num_exits, method))
+  )
   np.savez(
-      workdir / "scores.npz",
-      confidence=rng.uniform(size=(NUM_TEST, num_exits)).astype(np.float32),
-      correct=rng.uniform(size=(NUM_TEST, num_exits)) < 0.8)
+    workdir / "scores.npz",
+    confidence=rng.uniform(size=(NUM_TEST, num_exits)).astype(np.float32),
+    correct=rng.uniform(size=(NUM_TEST, num_exits)) < 0.8,
+  )
   return workdir
 
 
@@ -45,9 +48,15 @@ def compared(tmp_path_factory):
   """(workdir, summary) of two methods with three seeds."""
   workdir = tmp_path_factory.mktemp("compared")
   gains = {"uniform": (0, 0, 0), METHODS[1]: (0.01, 0.02, 0.03)}
-  runs = {name: [write_run(workdir / f"{i}-{seed}", seed, gains[name][seed],
-                           name.partition(":")[0]) for seed in range(3)]
-          for i, name in enumerate(METHODS)}
+  runs = {
+    name: [
+      write_run(
+        workdir / f"{i}-{seed}", seed, gains[name][seed], name.partition(":")[0]
+      )
+      for seed in range(3)
+    ]
+    for i, name in enumerate(METHODS)
+  }
   return workdir, comparison.write(workdir, runs)
 
 
@@ -63,15 +72,18 @@ def test_the_interval_is_that_of_a_table(compared):
   np.testing.assert_allclose(difference["high"], 0.02 + reach, atol=1e-8)
   # The seeds themselves differ by more, so an unpaired interval is wider.
   assert summary["methods"]["uniform"]["anytime"]["std"][0] == pytest.approx(
-      np.std([0, 2, -1], ddof=1) / 100)
+    np.std([0, 2, -1], ddof=1) / 100
+  )
   at_cost = summary["differences"][METHODS[1]]["budgeted"]
   np.testing.assert_allclose(at_cost["mean"], 0.02, atol=1e-12)
   assert summary["seeds"] == 3 and len(summary["costs"]) == 5
 
 
 def test_a_single_seed_has_no_interval(tmp_path):
-  runs = {name: [write_run(tmp_path / name[:3], 0, gain)]
-          for name, gain in zip(METHODS, (0, 0.01), strict=True)}
+  runs = {
+    name: [write_run(tmp_path / name[:3], 0, gain)]
+    for name, gain in zip(METHODS, (0, 0.01), strict=True)
+  }
   summary = comparison.write(tmp_path, runs)
   difference = summary["differences"][METHODS[1]]["anytime"]
   assert difference["std"] is difference["low"] is difference["high"] is None
@@ -87,8 +99,9 @@ def test_the_text_is_the_table_that_is_promised(compared):
   cell = f"{100 * values['mean'][0]:.2f} ± {100 * values['std'][0]:.2f}"
   (row,) = [line for line in lines[:9] if line.startswith("| uniform (n = 3)")]
   assert row.split("|")[2].strip() == cell
-  (row,) = [line for line in lines[:9] if line.startswith(
-      f"| {METHODS[1]} - uniform")]
+  (row,) = [
+    line for line in lines[:9] if line.startswith(f"| {METHODS[1]} - uniform")
+  ]
   # 2 ± 4.302653 / √3
   assert row.split("|")[2].strip() == "+2.00 [-0.48, +4.48]"
   assert lines[0].endswith("50 test images; one is 2 points.")
@@ -111,18 +124,23 @@ def test_pictures_and_page(compared):
 def test_accuracy_at_a_cost_lies_between_the_points_around_it():
   curve = np.array([[4.0, 0.8], [1.0, 0.5], [2.0, 0.6], [2.0, 0.7]])
   np.testing.assert_allclose(
-      comparison.accuracy_at(curve, np.array([1.0, 1.5, 2.0, 3.0])),
-      [0.5, 0.575, 0.65, 0.725])
+    comparison.accuracy_at(curve, np.array([1.0, 1.5, 2.0, 3.0])),
+    [0.5, 0.575, 0.65, 0.725],
+  )
 
 
 def make_run(correct, confidence, exits=None, curve=((1.0, 0.5), (3.0, 0.6))):
   correct = np.array(correct, bool)
   return comparison.Run(
-      accuracy=correct.mean(0), curve=np.array(curve),
-      macs=np.arange(1.0, correct.shape[1] + 1), weights=[], correct=correct,
-      confidence=np.array(confidence),
-      exits=np.zeros(len(correct), int) if exits is None else np.array(exits),
-      seconds=1.0)
+    accuracy=correct.mean(0),
+    curve=np.array(curve),
+    macs=np.arange(1.0, correct.shape[1] + 1),
+    weights=[],
+    correct=correct,
+    confidence=np.array(confidence),
+    exits=np.zeros(len(correct), int) if exits is None else np.array(exits),
+    seconds=1.0,
+  )
 
 
 def test_easy_images_are_those_the_exits_are_surely_right_about():
@@ -131,16 +149,19 @@ def test_easy_images_are_those_the_exits_are_surely_right_about():
   confidence = [[0.9, 0.9], [0.5, 0.5], [0.95, 0.95], [0.9, 0.9], [0.6, 0.7]]
   run = make_run(correct, confidence)
   np.testing.assert_array_equal(
-      comparison.easy_to_hard([run, run]), [1, 3, 0, 4, 2])
+    comparison.easy_to_hard([run, run]), [1, 3, 0, 4, 2]
+  )
 
 
 def test_shares_of_groups_that_leave():
   group = np.array([0, 1, 2, 3, 4])
-  runs = [make_run([[1, 1]] * 5, [[1, 1]] * 5, exits) for exits in (
-      [0, 0, 0, 1, 1], [0, 0, 1, 1, 1])]
+  runs = [
+    make_run([[1, 1]] * 5, [[1, 1]] * 5, exits)
+    for exits in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+  ]
   np.testing.assert_array_equal(
-      comparison.leaving(runs, group),
-      [[1, 0], [1, 0], [0.5, 0.5], [0, 1], [0, 1]])
+    comparison.leaving(runs, group), [[1, 0], [1, 0], [0.5, 0.5], [0, 1], [0, 1]]
+  )
 
 
 def test_exits_are_counted_at_the_thresholds_of_the_run(tmp_path):
@@ -148,7 +169,8 @@ def test_exits_are_counted_at_the_thresholds_of_the_run(tmp_path):
   results = json.loads((workdir / "results.json").read_text())
   for entry in results["budgeted"]:
     entry["thresholds"] = (
-        [0.5, None, "-inf"] if entry["q"] == 0.75 else ["inf", "inf", "-inf"])
+      [0.5, None, "-inf"] if entry["q"] == 0.75 else ["inf", "inf", "-inf"]
+    )
   (workdir / "results.json").write_text(json.dumps(results))
   run = comparison.read_run(workdir)
   first = np.load(workdir / "scores.npz")["confidence"][:, 0] >= 0.5
@@ -161,10 +183,11 @@ def test_runs_that_cannot_be_compared(tmp_path):
   fewer = make_run([[1, 1]] * 4, [[1, 1]] * 4)
   apart = pair._replace(curve=np.array([[4.0, 0.5], [5.0, 0.5]]))
   for runs, says in (
-      ({"a": [pair], "b": [other]}, "other networks or other test images"),
-      ({"a": [pair], "b": [fewer]}, "other networks or other test images"),
-      ({"a": [pair, pair], "b": [pair]}, "b has 1 runs and a 2"),
-      ({"a": [pair], "b": [apart]}, "no mean cost is on the curves of all")):
+    ({"a": [pair], "b": [other]}, "other networks or other test images"),
+    ({"a": [pair], "b": [fewer]}, "other networks or other test images"),
+    ({"a": [pair, pair], "b": [pair]}, "b has 1 runs and a 2"),
+    ({"a": [pair], "b": [apart]}, "no mean cost is on the curves of all"),
+  ):
     with pytest.raises(ValueError, match=says):
       comparison.summarize(runs)
   run = write_run(tmp_path / "run", 0, 0)
@@ -175,20 +198,26 @@ def test_runs_that_cannot_be_compared(tmp_path):
 
 def test_methods_may_carry_overrides():
   methods = compare.parse_methods(
-      "uniform,l2w:meta.epsilon=0.3+meta.center_over=all,"
-      "fixed:baseline.exit_weights=(1,2.5)")
+    "uniform,l2w:meta.epsilon=0.3+meta.center_over=all,"
+    "fixed:baseline.exit_weights=(1,2.5)"
+  )
   assert list(methods.values()) == [
-      {"method": "uniform"},
-      {"method": "l2w", "meta.epsilon": 0.3, "meta.center_over": "all"},
-      {"method": "fixed", "baseline.exit_weights": (1, 2.5)}]
+    {"method": "uniform"},
+    {"method": "l2w", "meta.epsilon": 0.3, "meta.center_over": "all"},
+    {"method": "fixed", "baseline.exit_weights": (1, 2.5)},
+  ]
 
 
-@pytest.mark.parametrize("text, says", [
+@pytest.mark.parametrize(
+  "text, says",
+  [
     ("l2w:meta.epsilon", "'meta.epsilon' is no override"),
     ("l2w,uniform,l2w", "names 'l2w' twice"),
     ("l2w:model.num_exits=2", "model.num_exits may not differ"),
     ("l2w:data.seed=2", "data.seed may not differ"),
-    ("l2w:seed=2", "seed may not differ")])
+    ("l2w:seed=2", "seed may not differ"),
+  ],
+)
 def test_methods_that_are_not_understood(text, says):
   with pytest.raises(ValueError, match=says):
     compare.parse_methods(text)
@@ -196,34 +225,45 @@ def test_methods_that_are_not_understood(text, says):
 
 def test_the_plan_pairs_methods_by_seed(tiny_config, tmp_path):
   tiny_config.seed = 4
-  runs = compare.plan(tiny_config, compare.parse_methods(
-      "uniform,l2w:meta.epsilon=0.3"), 2, tmp_path)
-  assert [(name, path.name, config.seed, config.method, config.meta.epsilon)
-          for name, path, config in runs] == [
-      ("uniform", "uniform-4", 4, "uniform", 0.8),
-      ("l2w:meta.epsilon=0.3", "l2w_meta.epsilon=0.3-4", 4, "l2w", 0.3),
-      ("uniform", "uniform-5", 5, "uniform", 0.8),
-      ("l2w:meta.epsilon=0.3", "l2w_meta.epsilon=0.3-5", 5, "l2w", 0.3)]
+  runs = compare.plan(
+    tiny_config, compare.parse_methods("uniform,l2w:meta.epsilon=0.3"), 2, tmp_path
+  )
+  assert [
+    (name, path.name, config.seed, config.method, config.meta.epsilon)
+    for name, path, config in runs
+  ] == [
+    ("uniform", "uniform-4", 4, "uniform", 0.8),
+    ("l2w:meta.epsilon=0.3", "l2w_meta.epsilon=0.3-4", 4, "l2w", 0.3),
+    ("uniform", "uniform-5", 5, "uniform", 0.8),
+    ("l2w:meta.epsilon=0.3", "l2w_meta.epsilon=0.3-5", 5, "l2w", 0.3),
+  ]
   assert tiny_config.seed == 4 and tiny_config.meta.epsilon == 0.8
   with pytest.raises(ValueError, match="at most 1, got 3"):
-    compare.plan(tiny_config, compare.parse_methods("l2w:meta.epsilon=3"), 1,
-                 tmp_path)
+    compare.plan(
+      tiny_config, compare.parse_methods("l2w:meta.epsilon=3"), 1, tmp_path
+    )
 
 
 def run_compare(*flags: object) -> subprocess.CompletedProcess:
   return subprocess.run(
-      [sys.executable, "experiments/compare.py", *map(str, flags)], cwd=ROOT,
-      capture_output=True, text=True, timeout=300)
+    [sys.executable, "experiments/compare.py", *map(str, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
 
 
 def test_finished_runs_are_compared_and_left_alone(finished, tmp_path):
   shutil.copytree(finished.workdir, tmp_path / "l2w-0")
   before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
   done = run_compare(
-      *tiny_flags(), "--methods=l2w", "--seeds=1", f"--workdir={tmp_path}")
+    *tiny_flags(), "--methods=l2w", "--seeds=1", f"--workdir={tmp_path}"
+  )
   assert done.returncode == 0, done.stderr
-  accuracy = json.loads((tmp_path / "l2w-0/results.json").read_text())[
-      "anytime"][1]["accuracy"]
+  accuracy = json.loads((tmp_path / "l2w-0/results.json").read_text())["anytime"][
+    1
+  ]["accuracy"]
   assert "| l2w (n = 1)" in done.stdout and f"{100 * accuracy:.2f}" in done.stdout
   assert done.stderr == f"compare: run 1 of 1, {tmp_path}/l2w-0\n"
   assert (tmp_path / "comparison/index.html").exists()
@@ -231,13 +271,21 @@ def test_finished_runs_are_compared_and_left_alone(finished, tmp_path):
     assert path == tmp_path or path.stat().st_mtime_ns == time
 
 
-@pytest.mark.parametrize("flags, says", [
+@pytest.mark.parametrize(
+  "flags, says",
+  [
     (["--workdir=w"], "error: --config is missing"),
     (["--config=configs/digits.py"], "error: --workdir is missing"),
-    (["--config=configs/digits.py", "--workdir=w", "--methods=l2v"],
-     "error: config.method must be one of 'l2w'"),
-    (["--config=configs/digits.py", "--workdir=w", "--config.epoch=1"],
-     "error: config.epoch does not exist; did you mean config.epochs?")])
+    (
+      ["--config=configs/digits.py", "--workdir=w", "--methods=l2v"],
+      "error: config.method must be one of 'l2w'",
+    ),
+    (
+      ["--config=configs/digits.py", "--workdir=w", "--config.epoch=1"],
+      "error: config.epoch does not exist; did you mean config.epochs?",
+    ),
+  ],
+)
 def test_a_mistake_is_one_line(flags, says):
   done = run_compare(*flags)
   assert done.returncode == 2
@@ -247,20 +295,30 @@ def test_a_mistake_is_one_line(flags, says):
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(tmp_path):
   """Killed after the first run; then only what is missing is trained."""
-  flags = (*tiny_flags(), "--methods=uniform,random", "--seeds=2",
-           f"--workdir={tmp_path}")
-  config = config_lib.load_config(str(ROOT / "configs/digits.py"), {
-      flag.removeprefix("--config.").partition("=")[0]:
-      compare.literal(flag.partition("=")[2]) for flag in tiny_flags()[1:]})
+  flags = (
+    *tiny_flags(),
+    "--methods=uniform,random",
+    "--seeds=2",
+    f"--workdir={tmp_path}",
+  )
+  config = config_lib.load_config(
+    str(ROOT / "configs/digits.py"),
+    {
+      flag.removeprefix("--config.").partition("=")[0]: compare.literal(
+        flag.partition("=")[2]
+      )
+      for flag in tiny_flags()[1:]
+    },
+  )
   (_, path, first), *_ = compare.plan(
-      config, compare.parse_methods("uniform,random"), 2, tmp_path)
+    config, compare.parse_methods("uniform,random"), 2, tmp_path
+  )
   compare.finish(path, first)
   done = run_compare(*flags)
   assert done.returncode == 0, done.stderr
   assert done.stderr.count("train uniform: compiled the training step") == 1
   assert done.stderr.count("train random: compiled the training step") == 2
   summary = json.loads((tmp_path / "comparison.json").read_text())
-  assert summary["seeds"] == 2 and list(summary["methods"]) == [
-      "uniform", "random"]
+  assert summary["seeds"] == 2 and list(summary["methods"]) == ["uniform", "random"]
   # Random weights are pictured, those of uniform are not.
   assert (tmp_path / "comparison/weights.png").exists()

@@ -1,4 +1,5 @@
 """Where compiled programs are kept."""
+
 import jax
 import pytest
 
@@ -42,8 +43,7 @@ def test_an_empty_variable_keeps_nothing(unset, monkeypatch, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_is_done_without(
-    unset, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_made_is_done_without(unset, monkeypatch, tmp_path):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   assert compile_cache.enable() is None

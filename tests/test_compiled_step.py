@@ -3,6 +3,7 @@
 Counted in the lowered program, so nothing is compiled here. A convolution there is
 one of a pass over the network, and compile time follows their number.
 """
+
 import functools
 
 import jax
@@ -19,17 +20,24 @@ HALF = 4
 @functools.cache
 def convolutions(method="l2w", interval=1, half=False):
   """How many convolutions the lowered step, or one half of it, holds."""
-  config = l2w_jax.load_config(str(ROOT / "configs/digits.py"), {
-      **TINY, "method": method, "meta.interval": interval})
+  config = l2w_jax.load_config(
+    str(ROOT / "configs/digits.py"),
+    {**TINY, "method": method, "meta.interval": interval},
+  )
   backbone = l2w_jax.build_backbone(config.model, 10, (8, 8, 1))
-  state = jax.eval_shape(functools.partial(
-      l2w_jax.init_state, backbone=backbone, config=config), jax.random.key(0))
+  state = jax.eval_shape(
+    functools.partial(l2w_jax.init_state, backbone=backbone, config=config),
+    jax.random.key(0),
+  )
   size = HALF if half else 2 * HALF
-  batch = {"image": jax.ShapeDtypeStruct((size, 8, 8, 1), jnp.float32),
-           "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
+  batch = {
+    "image": jax.ShapeDtypeStruct((size, 8, 8, 1), jnp.float32),
+    "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+  }
   body = half_step_body if half else step_body
   lowered = jax.jit(body(backbone, config, steps_per_epoch=10)).lower(
-      state, *([batch, batch] if half else [batch]))
+    state, *([batch, batch] if half else [batch])
+  )
   return lowered.as_text().count("stablehlo.convolution")
 
 

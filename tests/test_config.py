@@ -1,4 +1,5 @@
 """Every config file loads; every wrong key or value is one clear error."""
+
 import pathlib
 
 import pytest
@@ -15,7 +16,8 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 
 def load(**overrides):
   return config_lib.load_config(
-      DIGITS, {key.replace("__", "."): x for key, x in overrides.items()})
+    DIGITS, {key.replace("__", "."): x for key, x in overrides.items()}
+  )
 
 
 def image_shape(config):
@@ -36,16 +38,25 @@ def test_every_config_loads_is_locked_and_builds(file, method):
 
 def test_there_is_a_config_for_every_published_data_set():
   names = {file.stem for file in CONFIG_FILES}
-  assert names >= {"digits", *(
-      f"{data}_{model}" for data in ("cifar10", "cifar100", "imagenet")
-      for model in ("msdnet", "ranet"))}
+  assert names >= {
+    "digits",
+    *(
+      f"{data}_{model}"
+      for data in ("cifar10", "cifar100", "imagenet")
+      for model in ("msdnet", "ranet")
+    ),
+  }
 
 
 @pytest.mark.parametrize("method", ["l2w", "uniform"])
-@pytest.mark.parametrize("name, size, key, values", [
+@pytest.mark.parametrize(
+  "name, size, key, values",
+  [
     ("cifar10_msdnet", 32, "num_exits", (5, 7)),
     ("cifar100_msdnet", 32, "num_exits", (5, 7)),
-    ("imagenet_msdnet", 224, "step", (4, 6, 7))])
+    ("imagenet_msdnet", 224, "step", (4, 6, 7)),
+  ],
+)
 def test_every_published_network_is_an_argument(name, size, key, values, method):
   for value in values:
     config = l2w_jax.load_config(f"{ROOT}/configs/{name}.py:{value}-{method}")
@@ -60,7 +71,10 @@ def test_imagenet_is_streamed_as_published():
   for name in ("msdnet", "ranet"):
     data = l2w_jax.load_config(f"{ROOT}/configs/imagenet_{name}.py").data
     assert (data.augment, data.image_size, data.calibration) == (
-        "crop_flip", 224, 50_000)
+      "crop_flip",
+      224,
+      50_000,
+    )
     assert len(data.mean) == len(data.std) == 3
 
 
@@ -70,18 +84,27 @@ def test_without_calibration_thresholds_must_be_the_released_ones():
   load(data__calibration=0, evaluate__calibration="released")
 
 
-@pytest.mark.parametrize("value, name, parts", [
-    ("grad", "grad", 1), ("jvp", "jvp", 1), ("first_order", "first_order", 1),
-    ("finite_difference", "finite_difference", 1), ("unroll:1", "unroll", 1),
-    ("unroll:12", "unroll", 12)])
+@pytest.mark.parametrize(
+  "value, name, parts",
+  [
+    ("grad", "grad", 1),
+    ("jvp", "jvp", 1),
+    ("first_order", "first_order", 1),
+    ("finite_difference", "finite_difference", 1),
+    ("unroll:1", "unroll", 1),
+    ("unroll:12", "unroll", 12),
+  ],
+)
 def test_an_estimator_has_a_name_and_parts(value, name, parts):
   load(meta__estimator=value)
   assert config_lib.estimator(value) == (name, parts)
   assert name in meta.ESTIMATORS
 
 
-@pytest.mark.parametrize("value", [
-    "", "unroll", "unroll:", "unroll:0", "unroll:-1", "unroll:x", "jvp:2", "Grad"])
+@pytest.mark.parametrize(
+  "value",
+  ["", "unroll", "unroll:", "unroll:0", "unroll:-1", "unroll:x", "jvp:2", "Grad"],
+)
 def test_other_estimators_are_refused(value):
   with pytest.raises(ValueError, match="meta.estimator must be one.*'unroll:T'"):
     load(meta__estimator=value)
@@ -103,7 +126,8 @@ def test_a_config_survives_json():
   assert config_lib.differences(config, again) == []
   changed = load(meta__q=0.5, log__every=7)
   assert config_lib.differences(changed, config, ("log",)) == [
-      "meta.q is 0.5 here and 0.75 there"]
+    "meta.q is 0.5 here and 0.75 there"
+  ]
 
 
 def test_overrides():
@@ -113,11 +137,20 @@ def test_overrides():
   assert config.data.augment == "none"
 
 
-@pytest.mark.parametrize("key, value", [
-    ("optimizer.learning_rate", 1), ("meta.epsilon", 0), ("meta.epsilon", 1),
-    ("meta.q", 2), ("model.growth_factors", [1, 2, 4]),
-    ("model.growth_factors", (1, 2, 4)), ("label_smoothing", 0),
-    ("meta.interval", 100), ("num_devices", 0)])
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("optimizer.learning_rate", 1),
+    ("meta.epsilon", 0),
+    ("meta.epsilon", 1),
+    ("meta.q", 2),
+    ("model.growth_factors", [1, 2, 4]),
+    ("model.growth_factors", (1, 2, 4)),
+    ("label_smoothing", 0),
+    ("meta.interval", 100),
+    ("num_devices", 0),
+  ],
+)
 def test_ints_for_floats_and_lists_for_tuples_are_accepted(key, value):
   config = config_lib.load_config(DIGITS, {key: value})
   parent, _, name = key.rpartition(".")
@@ -125,7 +158,9 @@ def test_ints_for_floats_and_lists_for_tuples_are_accepted(key, value):
   assert found == (tuple(value) if isinstance(value, list) else value)
 
 
-@pytest.mark.parametrize("key, value, says", [
+@pytest.mark.parametrize(
+  "key, value, says",
+  [
     ("meta.q", 0, "above 0, got 0"),
     ("meta.q", -1.5, "above 0, got -1.5"),
     ("meta.q", float("inf"), "got inf"),
@@ -163,7 +198,8 @@ def test_ints_for_floats_and_lists_for_tuples_are_accepted(key, value):
     ("log.seconds", 0, "above 0"),
     ("checkpoint.keep", 0, "at least 1"),
     ("num_devices", -1, "at least 0"),
-])
+  ],
+)
 def test_a_value_out_of_range_is_named(key, value, says):
   with pytest.raises(ValueError, match=says) as error:
     config_lib.load_config(DIGITS, {key: value})
@@ -171,15 +207,20 @@ def test_a_value_out_of_range_is_named(key, value, says):
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key, says", [
+@pytest.mark.parametrize(
+  "key, says",
+  [
     ("epoch", "config.epoch does not exist; did you mean config.epochs?"),
     ("model.num_exit", "did you mean config.model.num_exits?"),
     ("meta.zzz", "config.meta.zzz does not exist; keys of config.meta: center"),
     ("metta.q", "config.metta does not exist; did you mean config.meta?"),
-])
+  ],
+)
 def test_an_unknown_key_brings_the_closest_and_all_others(key, says):
-  for check in (lambda: config_lib.load_config(DIGITS, {key: 3}),
-                lambda: config_lib.check_key(key)):
+  for check in (
+    lambda: config_lib.load_config(DIGITS, {key: 3}),
+    lambda: config_lib.check_key(key),
+  ):
     with pytest.raises(ValueError) as error:
       check()
     assert says in str(error.value)
@@ -188,8 +229,10 @@ def test_an_unknown_key_brings_the_closest_and_all_others(key, says):
 
 
 def test_a_key_below_a_value_does_not_exist():
-  for check in (lambda: load(epochs__x=3),
-                lambda: config_lib.check_key("epochs.x")):
+  for check in (
+    lambda: load(epochs__x=3),
+    lambda: config_lib.check_key("epochs.x"),
+  ):
     with pytest.raises(ValueError, match="config.epochs.* does not exist"):
       check()
 
@@ -201,12 +244,15 @@ def test_check_key_knows_the_keys_of_every_model():
     assert set(keys) | {"name"} == set(config_lib.defaults(model).model)
 
 
-@pytest.mark.parametrize("key, value, says", [
+@pytest.mark.parametrize(
+  "key, value, says",
+  [
     ("model", {}, "config.model.name is missing"),
     ("model", {"name": "msdnet"}, "config.model.num_exits is missing"),
     ("meta", {}, "config.meta.epsilon is missing"),
     ("meta", 3, "config.meta must be of the type of"),
-])
+  ],
+)
 def test_an_emptied_subtree_is_one_clear_error(key, value, says):
   with pytest.raises(ValueError, match=says):
     config_lib.load_config(DIGITS, {key: value})

@@ -2,6 +2,7 @@
 
 The names of the published networks, in order, are compared in test_golden.
 """
+
 import argparse
 import pathlib
 import subprocess
@@ -18,12 +19,14 @@ from l2w_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 NETWORKS = {
-    "msdnet": dict(num_exits=2),
-    "msdnet, no bottleneck": dict(num_exits=2, bottleneck=False),
-    "msdnet, imagenet": dict(
-        num_exits=2, stem="imagenet", step=3, classifier_width=0),
-    "ranet, imagenet": dict(
-        blocks=1, block_step=1, stem="imagenet", growth=8, classifier_width=0),
+  "msdnet": dict(num_exits=2),
+  "msdnet, no bottleneck": dict(num_exits=2, bottleneck=False),
+  "msdnet, imagenet": dict(
+    num_exits=2, stem="imagenet", step=3, classifier_width=0
+  ),
+  "ranet, imagenet": dict(
+    blocks=1, block_step=1, stem="imagenet", growth=8, classifier_width=0
+  ),
 }
 
 
@@ -37,10 +40,13 @@ def build(name="msdnet", num_classes=5, **deviating):
 def released(backbone, seed=0):
   """A state_dict of the backbone with a different number everywhere."""
   rng = np.random.default_rng(seed)
-  template = convert.export_released(
-      backbone.init(jax.random.key(0)), backbone)
-  return {name: rng.normal(size=x.shape).astype(np.float32)
-          if x.dtype == np.float32 else x for name, x in template.items()}
+  template = convert.export_released(backbone.init(jax.random.key(0)), backbone)
+  return {
+    name: rng.normal(size=x.shape).astype(np.float32)
+    if x.dtype == np.float32
+    else x
+    for name, x in template.items()
+  }
 
 
 def assert_equal(ours, theirs):
@@ -73,20 +79,27 @@ def test_layouts():
   layer = params["blocks_1_0"]["layers_1_conv_down"]
   prefix = "blocks.1.0.layers.1.conv_down.net"
   np.testing.assert_array_equal(
-      layer["reduce"]["bn"]["scale"], state_dict[f"{prefix}.1.weight"])
+    layer["reduce"]["bn"]["scale"], state_dict[f"{prefix}.1.weight"]
+  )
   np.testing.assert_array_equal(
-      layer["spatial"]["bn"]["bias"], state_dict[f"{prefix}.4.bias"])
+    layer["spatial"]["bn"]["bias"], state_dict[f"{prefix}.4.bias"]
+  )
   stats = variables["batch_stats"]["blocks_1_0"]["layers_1_conv_down"]
   np.testing.assert_array_equal(
-      stats["spatial"]["bn"]["var"], state_dict[f"{prefix}.4.running_var"])
+    stats["spatial"]["bn"]["var"], state_dict[f"{prefix}.4.running_var"]
+  )
 
 
-@pytest.mark.parametrize("wrap", [
+@pytest.mark.parametrize(
+  "wrap",
+  [
     lambda weights: {f"module.{name}": x for name, x in weights.items()},
     lambda weights: {"epoch": 3, "state_dict": weights},
     lambda weights: {"model": {f"module.{n}": x for n, x in weights.items()}},
     lambda weights: {n: x for n, x in weights.items() if "num_batc" not in n},
-], ids=["prefix", "state_dict", "model and prefix", "no counters"])
+  ],
+  ids=["prefix", "state_dict", "model and prefix", "no counters"],
+)
 def test_how_training_scripts_save(wrap):
   backbone = build()
   state_dict = released(backbone)
@@ -99,8 +112,9 @@ def test_how_training_scripts_save(wrap):
 def test_precision(given, x64):
   backbone = build()
   state_dict = {
-      name: x.astype(given) if x.dtype == np.float32 else x
-      for name, x in released(backbone).items()}
+    name: x.astype(given) if x.dtype == np.float32 else x
+    for name, x in released(backbone).items()
+  }
   with jax.enable_x64(x64):
     variables = convert.import_released(state_dict, backbone)
   expected = "float64" if x64 and given == "float64" else "float32"
@@ -112,56 +126,76 @@ def test_names_that_are_missing_or_unknown():
   state_dict = released(backbone)
   first = next(iter(state_dict))
   state_dict["fc.weight"] = state_dict.pop(first)
-  with pytest.raises(ValueError, match=(
+  with pytest.raises(
+    ValueError,
+    match=(
       rf"1 name\(s\) missing, first {first}; 1 name\(s\) unknown, first "
-      r"fc\.weight; check model.name")):
+      r"fc\.weight; check model.name"
+    ),
+  ):
     convert.import_released(state_dict, backbone)
   with pytest.raises(ValueError, match="missing.*unknown.*check model.name"):
-    convert.import_released(
-        released(build("ranet, imagenet")), backbone)
+    convert.import_released(released(build("ranet, imagenet")), backbone)
 
 
 def test_other_numbers_of_classes():
-  with pytest.raises(ValueError, match=(
+  with pytest.raises(
+    ValueError,
+    match=(
       r"4 shape\(s\) differ, first classifier\.0\.linear\.weight: \(7, 6\) in "
-      r"the checkpoint, \(5, 6\) expected; check num_classes")):
+      r"the checkpoint, \(5, 6\) expected; check num_classes"
+    ),
+  ):
     convert.import_released(released(build(num_classes=7)), build())
 
 
 def test_other_widths():
-  with pytest.raises(ValueError, match=(
+  with pytest.raises(
+    ValueError,
+    match=(
       r"first blocks\.0\.0\.layers\.0\.net\.0\.weight: \(8, 3, 3, 3\) in the "
-      r"checkpoint, \(4, 3, 3, 3\) expected; check .*model.channels")):
+      r"checkpoint, \(4, 3, 3, 3\) expected; check .*model.channels"
+    ),
+  ):
     convert.import_released(released(build(channels=8)), build())
-  with pytest.raises(ValueError, match=(
-      r"first blocks\.0\.1\.layers\.0\.conv_normal.*model.growth")):
+  with pytest.raises(
+    ValueError, match=(r"first blocks\.0\.1\.layers\.0\.conv_normal.*model.growth")
+  ):
     convert.import_released(released(build(growth=2)), build())
 
 
 def test_export_of_another_networks_variables():
   variables = build(num_classes=7).init(jax.random.key(0))
-  with pytest.raises(ValueError, match=(
-      r"classifier_0/linear/\w+ is \(.*7,?\) and should be \(.*5,?\)")):
+  with pytest.raises(
+    ValueError,
+    match=(r"classifier_0/linear/\w+ is \(.*7,?\) and should be \(.*5,?\)"),
+  ):
     convert.export_released(variables, build())
 
 
 def released_wpn(*widths):
   rng = np.random.default_rng(0)
-  layers = ["first_hidden_layer.fc",
-            *(f"rest_hidden_layers.{i}.fc" for i in range(len(widths) - 3)),
-            "output_layer"]
+  layers = [
+    "first_hidden_layer.fc",
+    *(f"rest_hidden_layers.{i}.fc" for i in range(len(widths) - 3)),
+    "output_layer",
+  ]
   return {
-      f"{layer}.{leaf}": rng.normal(size=shape).astype(np.float32)
-      for i, layer in enumerate(layers)
-      for leaf, shape in (("weight", (widths[i + 1], widths[i])),
-                          ("bias", (widths[i + 1],)))}
+    f"{layer}.{leaf}": rng.normal(size=shape).astype(np.float32)
+    for i, layer in enumerate(layers)
+    for leaf, shape in (
+      ("weight", (widths[i + 1], widths[i])),
+      ("bias", (widths[i + 1],)),
+    )
+  }
 
 
 @pytest.mark.parametrize("widths", [(5, 7, 5), (10, 7, 6, 8, 5)])
 def test_wpn_there_and_back(widths):
   state_dict = released_wpn(*widths)
-  params = convert.import_released_wpn({"model": {
-      f"module.{name}": x for name, x in state_dict.items()}})
+  params = convert.import_released_wpn(
+    {"model": {f"module.{name}": x for name, x in state_dict.items()}}
+  )
   assert params["hidden_0"]["kernel"].shape == widths[:2]
   assert params["output"]["kernel"].shape == widths[-2:]
   assert_equal(convert.export_released_wpn(params), state_dict)
@@ -170,17 +204,25 @@ def test_wpn_there_and_back(widths):
 def test_what_is_not_a_wpn():
   state_dict = released_wpn(5, 7, 6, 5)
   state_dict["output_layer.weight"] = np.zeros((5, 9), np.float32)
-  with pytest.raises(ValueError, match=(
-      r"output_layer.weight: \(5, 9\) in the checkpoint, \(5, 6\) expected")):
+  with pytest.raises(
+    ValueError,
+    match=(r"output_layer.weight: \(5, 9\) in the checkpoint, \(5, 6\) expected"),
+  ):
     convert.import_released_wpn(state_dict)
   with pytest.raises(ValueError, match=r"missing, first first_hidden_layer"):
     convert.import_released_wpn(released(build()))
 
 
 def tiny_config():
-  config = config_lib.load_config(str(ROOT / "configs" / "digits.py"), {
-      "model.num_exits": 2, "model.channels": 4, "model.growth": 4,
-      "model.classifier_width": 6})
+  config = config_lib.load_config(
+    str(ROOT / "configs" / "digits.py"),
+    {
+      "model.num_exits": 2,
+      "model.channels": 4,
+      "model.growth": 4,
+      "model.classifier_width": 6,
+    },
+  )
   return config, convert.build_backbone(config)
 
 
@@ -188,41 +230,57 @@ def test_a_run_directory_of_released_weights(tmp_path):
   config, backbone = tiny_config()
   state_dict = released(backbone)
   convert.write_workdir(
-      convert.import_released(state_dict, backbone), config, backbone,
-      tmp_path / "run")
+    convert.import_released(state_dict, backbone),
+    config,
+    backbone,
+    tmp_path / "run",
+  )
   state, info = checkpoint.restore(tmp_path / "run", config, backbone)
   assert info["complete"]
   assert int(state.step) == 0
-  assert_equal(convert.export_released(
-      {"params": state.params, "batch_stats": state.batch_stats}, backbone),
-               state_dict)
+  assert_equal(
+    convert.export_released(
+      {"params": state.params, "batch_stats": state.batch_stats}, backbone
+    ),
+    state_dict,
+  )
   with pytest.raises(ValueError, match="holds a run already; name another"):
     convert.write_workdir(
-        backbone.init(jax.random.key(0)), config, backbone, tmp_path / "run")
+      backbone.init(jax.random.key(0)), config, backbone, tmp_path / "run"
+    )
 
 
 def test_without_pytorch(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "torch", None)  # import raises
-  for use in (lambda: convert.load_torch(tmp_path / "x.pth"),
-              lambda: convert.save_torch(tmp_path / "x.pth", {})):
+  for use in (
+    lambda: convert.load_torch(tmp_path / "x.pth"),
+    lambda: convert.save_torch(tmp_path / "x.pth", {}),
+  ):
     with pytest.raises(ValueError, match=r"pip install 'l2w_jax\[torch\]'"):
       use()
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     (["x.pth", "--config=absent.py", "--workdir=w"], "absent.py"),
     (["x.pth", "--workdir=w"], "give RELEASED.pth.tar with --config"),
     (["--workdir=w"], "give RELEASED.pth.tar with --config"),
     (["x.pth", "--config=configs/digits.py"], "--workdir"),
     (["--export=x.pth", "--workdir=absent"], "absent does not exist"),
-])
+  ],
+)
 def test_the_command_fails_in_one_line(arguments, message):
   done = subprocess.run(
-      [sys.executable, "-m", "l2w_jax.convert", *arguments], cwd=ROOT,
-      capture_output=True, text=True, check=False)
+    [sys.executable, "-m", "l2w_jax.convert", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 2, done.stderr
   assert done.stdout == ""
-  line, = done.stderr.splitlines()
+  (line,) = done.stderr.splitlines()
   assert line.startswith("error: ")
   assert message in line
 
@@ -254,12 +312,16 @@ class TestWithPyTorch:
 
   def test_anything_else_is_kept_out(self, tmp_path):
     path = self.save(tmp_path / "x.pth", args=argparse.Namespace(lr=0.1))
-    with pytest.raises(ValueError, match=(
-        r"holds a argparse.Namespace.*could run code.*weights_only=False")):
+    with pytest.raises(
+      ValueError,
+      match=(r"holds a argparse.Namespace.*could run code.*weights_only=False"),
+    ):
       convert.load_torch(path)
 
-  @pytest.mark.parametrize("content, message", [
-      (None, "no file"), (b"", "damaged"), (b"no checkpoint", "damaged")])
+  @pytest.mark.parametrize(
+    "content, message",
+    [(None, "no file"), (b"", "damaged"), (b"no checkpoint", "damaged")],
+  )
   def test_damaged_files(self, tmp_path, content, message):
     path = tmp_path / "x.pth"
     if content is not None:

@@ -1,4 +1,5 @@
 """The embedded digits, the batches of an epoch, and augmentation."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +40,14 @@ def test_statistics_are_those_of_the_train_pixels(digits):
 # Image i has the pixel value and the label i, so a batch says what is in it.
 def counting_data(num_train):
   index = np.arange(num_train)
-  return {"image": np.broadcast_to(
-      index.astype(np.uint8)[:, None, None, None], (num_train, 4, 4, 1)),
-      "label": index.astype(np.int32),
-      "mean": np.zeros(1, np.float32), "std": np.ones(1, np.float32)}
+  return {
+    "image": np.broadcast_to(
+      index.astype(np.uint8)[:, None, None, None], (num_train, 4, 4, 1)
+    ),
+    "label": index.astype(np.int32),
+    "mean": np.zeros(1, np.float32),
+    "std": np.ones(1, np.float32),
+  }
 
 
 def make_batch_fn(batch, seed=0, augment="none"):
@@ -78,8 +83,7 @@ def test_a_batch_depends_on_the_key_and_the_step_alone():
   backward = [again(data, t) for t in (5, 1, 0)][::-1]
   jax.tree.map(np.testing.assert_array_equal, forward, backward)
   assert not np.array_equal(forward[0]["label"], forward[1]["label"])
-  assert not np.array_equal(
-      forward[0]["label"], other_key(data, 0)["label"])
+  assert not np.array_equal(forward[0]["label"], other_key(data, 0)["label"])
 
 
 def test_augmentation_differs_between_epochs_and_images(digits):
@@ -89,13 +93,14 @@ def test_augmentation_differs_between_epochs_and_images(digits):
   config.batch = 4
   # Four copies of one image: an epoch is a step, and only the shifts differ.
   data = resident.arrays(digits) | {
-      "image": digits.train.images[[0] * 4], "label": digits.train.labels[:4]}
+    "image": digits.train.images[[0] * 4],
+    "label": digits.train.labels[:4],
+  }
   batch_fn = jax.jit(resident.make_batch_fn(config, jax.random.key(0)))
   images = np.concatenate([batch_fn(data, t)["image"] for t in range(8)])
   distinct = {image.tobytes() for image in images}
   assert 5 <= len(distinct) <= 9  # nine shifts by up to one pixel
-  batches = {np.sort(images[i:i + 4], axis=0).tobytes()
-             for i in range(0, 32, 4)}
+  batches = {np.sort(images[i : i + 4], axis=0).tobytes() for i in range(0, 32, 4)}
   assert len(batches) > 1
 
 
@@ -115,20 +120,21 @@ def test_shift_crops_from_a_black_border():
         row, column = y + top - 2, x + left - 2
         inside = 0 <= row < 5 and 0 <= column < 6
         np.testing.assert_array_equal(
-            out[y, x], image[row, column] if inside else 0)
+          out[y, x], image[row, column] if inside else 0
+        )
 
 
 def test_flip_mirrors_left_and_right_where_asked():
   images = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3, 1)
   out = augment.flip(jnp.asarray(images), jnp.asarray([True, False]))
-  np.testing.assert_array_equal(
-      out[0, :, :, 0], [[2, 1, 0], [5, 4, 3]])
+  np.testing.assert_array_equal(out[0, :, :, 0], [[2, 1, 0], [5, 4, 3]])
   np.testing.assert_array_equal(out[1], images[1])
 
 
 def test_normalize_per_channel():
   images = np.array([[[[0, 100]], [[16, 200]]]], np.uint8)
   out = augment.normalize(
-      jnp.asarray(images), jnp.asarray([4.0, 150.0]), jnp.asarray([2.0, 25.0]))
+    jnp.asarray(images), jnp.asarray([4.0, 150.0]), jnp.asarray([2.0, 25.0])
+  )
   np.testing.assert_array_equal(out[0, :, 0], [[-2, -2], [6, 2]])
   assert out.dtype == jnp.float32

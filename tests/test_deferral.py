@@ -1,4 +1,5 @@
 """The cut of a function: same results, and only what is needed now."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,5 @@
 """Error, noise and cost of meta-gradients, and what weights do."""
+
 import json
 import shutil
 
@@ -22,8 +23,7 @@ def test_error_of_an_estimate_by_hand():
   exact = {"a": np.array([3.0]), "b": np.array([[4.0]])}
   estimate = {"a": np.array([4.0]), "b": np.array([[3.0]])}
   assert diagnostics.cosine(estimate, exact) == pytest.approx(24 / 25)
-  assert diagnostics.relative_error(estimate, exact) == pytest.approx(
-      2**0.5 / 5)
+  assert diagnostics.relative_error(estimate, exact) == pytest.approx(2**0.5 / 5)
   zero = {"a": np.zeros(1), "b": np.zeros((1, 1))}
   assert np.isnan(diagnostics.cosine(zero, exact))
   assert diagnostics.relative_error(zero, exact) == 1
@@ -40,27 +40,34 @@ def test_noise_of_two_gradients_by_hand():
 
 def test_signal_to_noise_of_pure_noise_is_zero_on_average():
   rng = np.random.default_rng(0)
-  found = [diagnostics.signal_to_noise(list(rng.normal(size=(4, 50))))
-           for _ in range(200)]
+  found = [
+    diagnostics.signal_to_noise(list(rng.normal(size=(4, 50)))) for _ in range(200)
+  ]
   # Not 1/4, which |mean|² alone gives. Its spread, 0.03, over 200 draws.
   assert abs(np.mean(found)) < 0.01
 
 
 def test_an_exit_has_its_column_of_the_output_layer():
-  gradient = {"hidden_0": {"kernel": np.ones((2, 2)), "bias": np.ones(2)},
-              "output": {"kernel": np.arange(6).reshape(2, 3),
-                         "bias": np.arange(3)}}
+  gradient = {
+    "hidden_0": {"kernel": np.ones((2, 2)), "bias": np.ones(2)},
+    "output": {"kernel": np.arange(6).reshape(2, 3), "bias": np.arange(3)},
+  }
   assert jax.tree.map(np.ndarray.tolist, diagnostics.of_exit(gradient, 1)) == {
-      "kernel": [1, 4], "bias": 1}
+    "kernel": [1, 4],
+    "bias": 1,
+  }
 
 
 def test_weights_are_averaged_in_bins():
   weights = np.array([[1.0, 2], [3, 4], [5, 6]])
   values = np.array([[0.1, 0.9], [0.2, 7], [0.5, -1]])
   assert diagnostics.mean_by_bin(weights, values, np.array([0, 0.5, 1.0])) == [
-      [2.0, 5.0], [6.0, 3.0]]
-  assert diagnostics.mean_by_bin(weights[:1], values[:1], np.array(
-      [0, 0.5, 1.0])) == [[1.0, None], [None, 2.0]]
+    [2.0, 5.0],
+    [6.0, 3.0],
+  ]
+  assert diagnostics.mean_by_bin(
+    weights[:1], values[:1], np.array([0, 0.5, 1.0])
+  ) == [[1.0, None], [None, 2.0]]
 
 
 def test_easy_is_a_small_mean_loss():
@@ -75,21 +82,33 @@ class Linear(LinearExits):
 
   def init(self, key):
     weight = 0.1 * jax.random.normal(key, (3, 64, 10))
-    return {"params": {"weight": weight},
-            "batch_stats": {"mean": jnp.zeros((3, 10))}}
+    return {
+      "params": {"weight": weight},
+      "batch_stats": {"mean": jnp.zeros((3, 10))},
+    }
 
 
 def digits_config(**overrides):
-  return config_lib.load_config(str(ROOT / "configs/digits.py"), {
-      "meta.hidden": 8, **overrides})
+  return config_lib.load_config(
+    str(ROOT / "configs/digits.py"), {"meta.hidden": 8, **overrides}
+  )
 
 
 @pytest.fixture(scope="module")
 def line():
   """A diagnosis of the first state of linear exits on the digits."""
-  config = digits_config(**{
-      "diagnose.half": 16, "diagnose.meta_halves": 3, "diagnose.estimators": (
-          "jvp", "finite_difference", "first_order", "unroll:4")})
+  config = digits_config(
+    **{
+      "diagnose.half": 16,
+      "diagnose.meta_halves": 3,
+      "diagnose.estimators": (
+        "jvp",
+        "finite_difference",
+        "first_order",
+        "unroll:4",
+      ),
+    }
+  )
   backbone = Linear()
   state = l2w_jax.init_state(jax.random.key(0), backbone, config)
   probe = diagnostics.make_probe(sources.load(config.data), 16, 3)
@@ -98,8 +117,13 @@ def line():
 
 def test_a_diagnosis_tells_the_estimators_apart(line):
   rows = line["estimators"]
-  assert list(rows) == ["grad", "jvp", "finite_difference", "first_order",
-                        "unroll:4"]
+  assert list(rows) == [
+    "grad",
+    "jvp",
+    "finite_difference",
+    "first_order",
+    "unroll:4",
+  ]
   error = {name: row["relative_error"] for name, row in rows.items()}
   assert error["grad"] == 0
   # Float32, and a curvature without kinks.
@@ -127,20 +151,24 @@ def test_a_probe_is_drawn_from_train_without_overlap():
   probe = diagnostics.make_probe(dataset, 300, 2)
   assert len(probe.meta_halves) == 2
   train_half, meta_half = (
-      {np.asarray(image).tobytes() for image in half["image"]}
-      for half in (probe.train_half, probe.meta_halves[1]))
+    {np.asarray(image).tobytes() for image in half["image"]}
+    for half in (probe.train_half, probe.meta_halves[1])
+  )
   assert len(train_half) > 290 and not train_half & meta_half
   assert abs(float(probe.train_half["image"].mean())) < 0.1
   with pytest.raises(ValueError, match="half is 600.*1077.*at most 538"):
     diagnostics.make_probe(dataset, 600, 2)
 
 
-@pytest.mark.parametrize("overrides, message", [
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
     ({"method": "uniform"}, "method 'uniform' does not have; set it to 0"),
     ({"diagnose.half": 33}, "half=33 does not split.*'unroll:2'.*multiple of 2"),
     ({"meta.center_over": "batch"}, "diagnose.estimators has 'first_order'"),
     ({"diagnose.estimators": ("jpv",)}, "estimators must be a tuple of values of"),
-])
+  ],
+)
 def test_what_cannot_be_diagnosed_is_refused(overrides, message):
   with pytest.raises(ValueError, match=message):
     digits_config(**{"diagnose.every": 5, **overrides})
@@ -153,9 +181,11 @@ def test_a_summary_averages_errors_and_keeps_both_ends(line):
   last = line | {"step": 5, "estimators": rows, "easy_weight": [7, 7, 7]}
   summary = diagnostics.summarize([first, last])
   assert summary["estimators"]["jvp"]["relative_error"] == pytest.approx(
-      0.25, rel=1e-4)
-  assert summary["estimators"]["jvp"]["cosine"] == (
-      line["estimators"]["jvp"]["cosine"])
+    0.25, rel=1e-4
+  )
+  assert (
+    summary["estimators"]["jvp"]["cosine"] == (line["estimators"]["jvp"]["cosine"])
+  )
   assert summary["first"]["easy_weight"] == line["easy_weight"]
   assert summary["last"]["easy_weight"] == [7, 7, 7]
 
@@ -175,9 +205,17 @@ def test_the_lines_are_drawn(line):
 @pytest.mark.slow
 def test_a_run_is_diagnosed_and_not_changed(finished, tmp_path):
   from test_train import final_state
-  config = config_lib.load_config(str(ROOT / "configs/digits.py"), TINY | {
-      "diagnose.every": 5, "diagnose.half": 16, "diagnose.meta_halves": 2,
-      "diagnose.estimators": ("jvp",)})
+
+  config = config_lib.load_config(
+    str(ROOT / "configs/digits.py"),
+    TINY
+    | {
+      "diagnose.every": 5,
+      "diagnose.half": 16,
+      "diagnose.meta_halves": 2,
+      "diagnose.estimators": ("jvp",),
+    },
+  )
   workdir = tmp_path / "run"
   assert train.train(workdir, config)
   ours, theirs = (final_state(x, config)[0] for x in (workdir, finished.workdir))

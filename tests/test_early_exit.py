@@ -1,4 +1,5 @@
 """Networks that stop: answers equal the simulated ones, image for image."""
+
 import json
 import runpy
 import shutil
@@ -20,18 +21,29 @@ from l2w_jax.results import evaluate
 def make_network(name="msdnet", measure="probability", **overrides):
   config = config_lib.defaults(name)
   small = {"channels": 4, "growth": 4, "classifier_width": 8}
-  small |= {"msdnet": {"num_exits": 3, "growth_factors": (1, 2),
-                       "bottleneck_factors": (1, 2)},
-            "ranet": {}}[name] | overrides
+  small |= {
+    "msdnet": {
+      "num_exits": 3,
+      "growth_factors": (1, 2),
+      "bottleneck_factors": (1, 2),
+    },
+    "ranet": {},
+  }[name] | overrides
   config.model.update(small)
   backbone = models.build_backbone(config.model, 5, (8, 8, 3))
   variables = backbone.init(jax.random.key(0))
   rng = np.random.default_rng(1)
   variables = jax.tree.map(
-      lambda x: (x * rng.uniform(0.5, 1.5, x.shape)).astype(x.dtype), variables)
+    lambda x: (x * rng.uniform(0.5, 1.5, x.shape)).astype(x.dtype), variables
+  )
   return early_exit.EarlyExit(
-      backbone, variables, np.zeros(backbone.num_exits), [120.0] * 3, [60.0] * 3,
-      measure)
+    backbone,
+    variables,
+    np.zeros(backbone.num_exits),
+    [120.0] * 3,
+    [60.0] * 3,
+    measure,
+  )
 
 
 def make_images(num, seed=2):
@@ -44,8 +56,10 @@ def make_images(num, seed=2):
 def thresholds_for(network, images, q=0.75):
   _, confidence = network.simulate(images)
   return exit_policy.find_thresholds(
-      confidence, exit_policy.proportions(q, network.backbone.num_exits),
-      calibration="held_out")
+    confidence,
+    exit_policy.proportions(q, network.backbone.num_exits),
+    calibration="held_out",
+  )
 
 
 def assert_equals_simulation(network, images):
@@ -100,8 +114,9 @@ def test_ranet_stops_as_simulated():
   assert len(set(exits)) > 3
 
 
-@pytest.mark.parametrize("name", [
-    "msdnet", pytest.param("ranet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "name", ["msdnet", pytest.param("ranet", marks=pytest.mark.slow)]
+)
 def test_stages_give_the_logits_of_the_whole_network(name):
   network, images = make_network(name), make_images(16)
   prediction, confidence = network.simulate(images)
@@ -150,6 +165,7 @@ def test_late_stages_run_full(network):
     def run(state):
       runs.append(k)
       return program(state)
+
     return run
 
   network.warm_up(len(images))
@@ -159,10 +175,16 @@ def test_late_stages_run_full(network):
     assert runs.count(k) == sum(-(-(half >= k).sum() // 32) for half in halves)
 
 
-@pytest.mark.parametrize("images", [
-    np.zeros((4, 9, 8, 3), np.uint8), np.zeros((4, 8, 8, 3), np.float32),
-    np.zeros((0, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)],
-    ids=["size", "float", "none", "one"])
+@pytest.mark.parametrize(
+  "images",
+  [
+    np.zeros((4, 9, 8, 3), np.uint8),
+    np.zeros((4, 8, 8, 3), np.float32),
+    np.zeros((0, 8, 8, 3), np.uint8),
+    np.zeros((8, 8, 3), np.uint8),
+  ],
+  ids=["size", "float", "none", "one"],
+)
 def test_images_of_another_kind_are_refused(network, images):
   with pytest.raises(ValueError, match=r"takes uint8 images \[N 8 8 3\]"):
     network.predict(images)
@@ -176,8 +198,12 @@ def test_thresholds_that_do_not_fit_are_refused(network):
 
 def scaled(network, factor):
   return early_exit.EarlyExit(
-      network.backbone, jax.tree.map(lambda x: x * factor, network.variables),
-      [0.5, 0.5, 0.5], [120.0] * 3, [60.0] * 3)
+    network.backbone,
+    jax.tree.map(lambda x: x * factor, network.variables),
+    [0.5, 0.5, 0.5],
+    [120.0] * 3,
+    [60.0] * 3,
+  )
 
 
 def test_nan_weights_are_refused(network):
@@ -204,10 +230,10 @@ def test_a_run_is_loaded_with_its_thresholds(workdir, tiny_config):
   answers = network.predict(test.images)
   results = json.loads((workdir / "results.json").read_text())
   chosen = results["chosen"]
-  assert np.mean(answers.label == test.labels) == pytest.approx(
-      chosen["accuracy"])
+  assert np.mean(answers.label == test.labels) == pytest.approx(chosen["accuracy"])
   np.testing.assert_allclose(
-      np.bincount(answers.exit) / 360, chosen["exits"], rtol=1e-6)
+    np.bincount(answers.exit) / 360, chosen["exits"], rtol=1e-6
+  )
   assert network.class_names == tuple("0123456789")
 
 
@@ -215,8 +241,7 @@ def test_the_script_that_measures_takes_a_run(workdir, tiny_config):
   script = runpy.run_path(str(ROOT / "experiments/early_exit.py"))
   network, images = script["of_run"](str(workdir))
   assert network.class_names == tuple("0123456789")
-  np.testing.assert_array_equal(
-      images, sources.load(tiny_config.data).test.images)
+  np.testing.assert_array_equal(images, sources.load(tiny_config.data).test.images)
 
 
 def test_what_does_not_fit_the_run_is_refused(workdir, tiny_config):

@@ -44,17 +44,14 @@ def test_thresholds_and_curves_by_hand():
     exit_policy.exits_taken(CONFIDENCE, found), [0, 0, 0, 1, 2]
   )
   # Right where they left: samples 1, 3 and 5 of five.
-  correct = np.array(
-    [[1, 0, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1], [0, 0, 1]], bool
-  )
+  correct = np.array([[1, 0, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1], [0, 0, 1]], bool)
   result = exit_policy.budgeted(CONFIDENCE, correct, [1.0, 10.0, 100.0], found)
   np.testing.assert_array_equal(result.exits, np.float32([0.6, 0.2, 0.2]))
   assert result.accuracy == np.float32(0.6)
   # (3 · 1 + 1 · 10 + 1 · 100) / 5, of float32 fractions.
   np.testing.assert_allclose(result.macs, 22.6, rtol=5e-7)
   np.testing.assert_array_equal(
-    exit_policy.anytime(correct, [1.0, 10.0, 100.0]),
-    np.float32([0.6, 0.2, 0.6]),
+    exit_policy.anytime(correct, [1.0, 10.0, 100.0]), np.float32([0.6, 0.2, 0.6])
   )
 
 
@@ -79,9 +76,7 @@ def test_an_exit_that_ties_leave_short():
     released,
     exit_policy.find_thresholds(confidence, shares, calibration="released"),
   )
-  held_out = exit_policy.find_thresholds(
-    confidence, shares, calibration="held_out"
-  )
+  held_out = exit_policy.find_thresholds(confidence, shares, calibration="held_out")
   np.testing.assert_array_equal(held_out, np.float32([1, 0.8, -np.inf]))
 
 
@@ -101,13 +96,9 @@ def test_search_equals_the_released_one(path):
     num_samples = len(correct)
     result = exit_policy.budgeted(confidence, correct, golden["flops"], found)
     counts = golden[f"exit_counts_{name}"]
-    np.testing.assert_array_equal(
-      result.exits, np.float32(counts / num_samples)
-    )
+    np.testing.assert_array_equal(result.exits, np.float32(counts / num_samples))
     right = np.rint(golden[f"acc_{name}"] / 100 * num_samples)
-    np.testing.assert_array_equal(
-      result.accuracy, np.float32(right / num_samples)
-    )
+    np.testing.assert_array_equal(result.accuracy, np.float32(right / num_samples))
     # K float32 products and sums: (K + 2) · 6e-8 at K = 7.
     np.testing.assert_allclose(
       result.macs, golden[f"exp_flops_{name}_exact"], rtol=5.4e-7
@@ -127,9 +118,7 @@ def test_search_in_double_precision_equals_the_released_one():
     np.testing.assert_allclose(
       result.macs, golden["exp_flops_val_exact"], rtol=1e-15 * 2
     )
-    np.testing.assert_allclose(
-      result.accuracy, golden["acc_val"] / 100, rtol=1e-15
-    )
+    np.testing.assert_allclose(result.accuracy, golden["acc_val"] / 100, rtol=1e-15)
 
 
 def thresholds_ranking_everyone(confidence, counts):
@@ -159,9 +148,7 @@ def test_search_and_curves_equal_the_oracle(shape, levels, calibration):
   correct = rng.random(shape) < 0.7
   macs = np.cumsum(rng.random(shape[1])) * 1e8
   shares = exit_policy.proportions(np.arange(1, 40, 6) / 20, shape[1])
-  found = exit_policy.find_thresholds(
-    confidence, shares, calibration=calibration
-  )
+  found = exit_policy.find_thresholds(confidence, shares, calibration=calibration)
   results = exit_policy.budgeted(confidence, correct, macs, found)
   for q, share in enumerate(np.asarray(shares)):
     expected = oracles.thresholds(
@@ -170,14 +157,10 @@ def test_search_and_curves_equal_the_oracle(shape, levels, calibration):
       close_short_exits=calibration == "released",
     )
     np.testing.assert_array_equal(found[q], expected)
-    accuracy, cost, per_exit = oracles.budgeted(
-      confidence, correct, macs, expected
-    )
+    accuracy, cost, per_exit = oracles.budgeted(confidence, correct, macs, expected)
     assert results.accuracy[q] == np.float32(accuracy)
     np.testing.assert_allclose(results.macs[q], cost, rtol=5e-7)  # float32
-    np.testing.assert_array_equal(
-      results.exits[q], np.float32(per_exit / shape[0])
-    )
+    np.testing.assert_array_equal(results.exits[q], np.float32(per_exit / shape[0]))
     one = exit_policy.budgeted(confidence, correct, macs, found[q])
     for together, alone in zip(results, one, strict=True):
       np.testing.assert_array_equal(together[q], alone)
@@ -191,8 +174,7 @@ def test_without_ties_each_exit_gets_its_share_and_calibrations_agree():
   shares = exit_policy.proportions([0.5, 1.0, 1.5], 5)
   found = exit_policy.find_thresholds(confidence, shares)
   np.testing.assert_array_equal(
-    found,
-    exit_policy.find_thresholds(confidence, shares, calibration="held_out"),
+    found, exit_policy.find_thresholds(confidence, shares, calibration="held_out")
   )
   result = exit_policy.budgeted(
     confidence, np.ones((200, 5), bool), np.arange(5), found
@@ -262,9 +244,7 @@ def test_measures_equal_the_oracle(measure):
   prediction, found = exit_policy.confidence(logits, measure)
   np.testing.assert_array_equal(prediction, logits.argmax(-1))
   # Float32 sums of five probabilities.
-  np.testing.assert_allclose(
-    found, oracles.confidence(logits, measure), atol=1e-6
-  )
+  np.testing.assert_allclose(found, oracles.confidence(logits, measure), atol=1e-6)
   assert found.dtype == np.float32
 
 
@@ -311,8 +291,7 @@ def test_breakdown_counts_every_sample_in_its_class_and_exit():
     table.class_accuracy[:4], right.sum(1)[:4] / left.sum(1)[:4]
   )
   np.testing.assert_allclose(
-    table.class_macs([1, 10, 100])[:4],
-    (left @ [1, 10, 100])[:4] / left[:4].sum(1),
+    table.class_macs([1, 10, 100])[:4], (left @ [1, 10, 100])[:4] / left[:4].sum(1)
   )
   with pytest.raises(ValueError, match=r"labels \[80\]"):
     exit_policy.breakdown(confidence, correct, labels[1:], thresholds, 5)

@@ -1,4 +1,5 @@
 """Thresholds for a stated target, against definitions and planted worlds."""
+
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -23,11 +24,20 @@ def scored(split, thresholds):
   return oracles.budgeted(*split, MACS, thresholds)[:2]
 
 
-@pytest.mark.parametrize("text, says", [
-    ("q:0", "above 0"), ("q", "not of the form q:Q"), ("macs:x", "of the form"),
-    ("speed:3", "of the form"), ("accuracy:93", "did you mean accuracy:0.93"),
-    ("risk:0.01", "of the form"), ("risk:0.01:1", "DELTA between 0 and 1"),
-    ("macs:-1", "not below 0"), ("macs:nan", "finite")])
+@pytest.mark.parametrize(
+  "text, says",
+  [
+    ("q:0", "above 0"),
+    ("q", "not of the form q:Q"),
+    ("macs:x", "of the form"),
+    ("speed:3", "of the form"),
+    ("accuracy:93", "did you mean accuracy:0.93"),
+    ("risk:0.01", "of the form"),
+    ("risk:0.01:1", "DELTA between 0 and 1"),
+    ("macs:-1", "not below 0"),
+    ("macs:nan", "finite"),
+  ],
+)
 def test_targets_that_say_nothing_are_refused(text, says):
   with pytest.raises(ValueError, match=says):
     exit_targets.parse(text)
@@ -37,8 +47,11 @@ def test_q_is_the_search_for_that_q():
   split = make_split(97, 0)
   choice = exit_targets.choose(exit_targets.parse("q:0.75"), *split, MACS)
   np.testing.assert_array_equal(
-      choice.thresholds, exit_policy.find_thresholds(
-          split[0], exit_policy.proportions(0.75, 3), "held_out"))
+    choice.thresholds,
+    exit_policy.find_thresholds(
+      split[0], exit_policy.proportions(0.75, 3), "held_out"
+    ),
+  )
   accuracy, cost, exits = oracles.budgeted(*split, MACS, choice.thresholds)
   assert choice.accuracy == accuracy
   assert choice.macs == pytest.approx(cost, rel=1e-12)
@@ -53,9 +66,12 @@ def test_a_cost_is_kept_and_nothing_in_the_family_is_better(most):
   assert cost <= most and choice.accuracy == accuracy
   for q in (0.1, 0.5, 1.0, 2.0):
     family = exit_policy.find_thresholds(
-        split[0], exit_policy.proportions(
-            exit_targets.FAMILY_QS[np.abs(exit_targets.FAMILY_QS - q).argmin()],
-            3), "held_out")
+      split[0],
+      exit_policy.proportions(
+        exit_targets.FAMILY_QS[np.abs(exit_targets.FAMILY_QS - q).argmin()], 3
+      ),
+      "held_out",
+    )
     other, other_cost = scored(split, np.asarray(family))
     assert other_cost > most or other <= accuracy
 
@@ -66,12 +82,14 @@ def test_an_accuracy_is_kept_at_the_least_cost_of_the_family():
   first = split[1][:, 0].mean()
   least = (full + first) / 2
   choice = exit_targets.choose(
-      exit_targets.Target("accuracy", (least,)), *split, MACS)
+    exit_targets.Target("accuracy", (least,)), *split, MACS
+  )
   accuracy, cost = scored(split, choice.thresholds)
   assert accuracy >= least and cost < MACS[-1]
   # Exactly what the full network has can be asked for.
   exact = exit_targets.choose(
-      exit_targets.Target("accuracy", (float(full),)), *split, MACS)
+    exit_targets.Target("accuracy", (float(full),)), *split, MACS
+  )
   assert exact.accuracy >= full
   assert exact.macs >= choice.macs
 
@@ -84,33 +102,38 @@ def test_a_target_out_of_reach_says_the_nearest():
     exit_targets.choose(exit_targets.Target("accuracy", (1.0,)), *split, MACS)
 
 
-@pytest.mark.parametrize("confidence, says", [
+@pytest.mark.parametrize(
+  "confidence, says",
+  [
     (np.zeros((0, 3), np.float32), "split empty"),
-    (np.full((4, 3), np.nan, np.float32), "NaN for 4 of 4")])
+    (np.full((4, 3), np.nan, np.float32), "NaN for 4 of 4"),
+  ],
+)
 def test_bad_splits_are_refused(confidence, says):
   for text in ("q:0.5", "macs:1e9", "accuracy:0.1", "risk:0.1:0.1"):
     with pytest.raises(ValueError, match=says):
       exit_targets.choose(
-          exit_targets.parse(text), confidence,
-          np.ones(confidence.shape, bool), MACS)
+        exit_targets.parse(text), confidence, np.ones(confidence.shape, bool), MACS
+      )
 
 
 def test_risk_is_tested_on_the_other_half_by_the_exact_binomial():
   confidence, correct = split = make_split(4000, 4, levels=10**6)
   most, delta = 0.05, 0.1
   choice = exit_targets.choose(
-      exit_targets.Target("risk", (most, delta)), *split, MACS)
+    exit_targets.Target("risk", (most, delta)), *split, MACS
+  )
   order = np.random.default_rng(0).permutation(4000)
   second = order[1::2]
-  taken = np.asarray(exit_policy.exits_taken(confidence[second],
-                                             choice.thresholds))
+  taken = np.asarray(exit_policy.exits_taken(confidence[second], choice.thresholds))
   early = correct[second, taken]
   harmed = int((correct[second, -1] & ~early).sum())
   assert harmed > 0 and choice.macs < MACS[-1]
   assert oracles.at_most(harmed, 2000, most) <= delta
   # More was allowed than a bound twice as strict allows, and less than most.
   stricter = exit_targets.choose(
-      exit_targets.Target("risk", (most / 2, delta)), *split, MACS)
+    exit_targets.Target("risk", (most / 2, delta)), *split, MACS
+  )
   assert stricter.macs > choice.macs
 
 
@@ -130,8 +153,8 @@ def test_risk_is_controlled_over_many_draws():
   for _ in range(draws):
     own = rng.choice(20000, 300)
     choice = exit_targets.choose(
-        exit_targets.Target("risk", (most, delta)),
-        world[0][own], world[1][own], MACS)
+      exit_targets.Target("risk", (most, delta)), world[0][own], world[1][own], MACS
+    )
     above += risk_of(choice.thresholds, world) > most
     moved += choice.macs < MACS[-1]
   # P(more than 59 of 200) is below 0.001 at a rate of 0.2.
@@ -143,9 +166,11 @@ def test_where_no_early_exit_passes_the_full_network_is_the_answer():
   confidence, correct = make_split(60, 7)
   correct[:, -1], correct[:, :-1] = True, False
   choice = exit_targets.choose(
-      exit_targets.Target("risk", (0.0, 0.05)), confidence, correct, MACS)
+    exit_targets.Target("risk", (0.0, 0.05)), confidence, correct, MACS
+  )
   np.testing.assert_array_equal(
-      choice.thresholds, np.float32([np.inf, np.inf, -np.inf]))
+    choice.thresholds, np.float32([np.inf, np.inf, -np.inf])
+  )
   assert choice.macs == MACS[-1] and choice.accuracy == 1
 
 
@@ -182,6 +207,10 @@ def test_dominating_finds_what_one_q_cannot():
 def test_thresholds_may_be_jax_arrays():
   split = make_split(50, 10)
   found = exit_targets.dominate(
-      jnp.asarray(split[0]), jnp.asarray(split[1]), MACS,
-      jnp.asarray([[0.5, 0.5, -jnp.inf]]), rounds=2)
+    jnp.asarray(split[0]),
+    jnp.asarray(split[1]),
+    MACS,
+    jnp.asarray([[0.5, 0.5, -jnp.inf]]),
+    rounds=2,
+  )
   assert found.shape == (1, 3)

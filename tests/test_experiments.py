@@ -1,4 +1,5 @@
 """Every command of the page of experiments is one that would start."""
+
 import pathlib
 import re
 import shlex
@@ -12,8 +13,7 @@ from l2w_jax import config as config_lib
 sys.path.insert(0, str(ROOT / "experiments"))
 import compare  # noqa: E402
 
-DEFINED = re.compile(
-    r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"')
+DEFINED = re.compile(r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"')
 
 
 def commands(page: str) -> list[str]:
@@ -51,24 +51,43 @@ def check(command: str) -> None:
     config = config_lib.load_config(flags["config"], overrides)
     if script.name == "compare.py":
       runs = compare.plan(
-          config, compare.parse_methods(flags["methods"]),
-          int(flags.get("seeds", 3)), pathlib.Path(flags["workdir"]))
+        config,
+        compare.parse_methods(flags["methods"]),
+        int(flags.get("seeds", 3)),
+        pathlib.Path(flags["workdir"]),
+      )
       assert len({path for _, path, _ in runs}) == len(runs)
 
 
 def test_there_is_a_command_for_every_published_item():
   found = "\n".join(commands(PAGE))
-  for config in ("cifar100_msdnet.py:5", "cifar100_msdnet.py:7",
-                 "cifar10_msdnet.py:5", "cifar10_msdnet.py:7",
-                 "imagenet_msdnet.py:4", "imagenet_msdnet.py:6",
-                 "imagenet_msdnet.py:7", "cifar100_ranet.py", "cifar10_ranet.py",
-                 "imagenet_ranet.py", "digits.py", "cifar100_small.py"):
+  for config in (
+    "cifar100_msdnet.py:5",
+    "cifar100_msdnet.py:7",
+    "cifar10_msdnet.py:5",
+    "cifar10_msdnet.py:7",
+    "imagenet_msdnet.py:4",
+    "imagenet_msdnet.py:6",
+    "imagenet_msdnet.py:7",
+    "cifar100_ranet.py",
+    "cifar10_ranet.py",
+    "imagenet_ranet.py",
+    "digits.py",
+    "cifar100_small.py",
+  ):
     assert f"--config=configs/{config}" in found
-  for method in ("fixed:", "random", "easy_early", "equilibrium", "distill",
-                 "meta.objective=plain", *(
-                     f"l2w:meta.{key}=" for key in (
-                         "epsilon", "q", "inputs", "center_over", "interval",
-                         "hidden"))):
+  for method in (
+    "fixed:",
+    "random",
+    "easy_early",
+    "equilibrium",
+    "distill",
+    "meta.objective=plain",
+    *(
+      f"l2w:meta.{key}="
+      for key in ("epsilon", "q", "inputs", "center_over", "interval", "hidden")
+    ),
+  ):
     assert method in found
   assert "--mode=latency" in found
 
@@ -79,15 +98,25 @@ def test_every_command_would_start(command, monkeypatch):
   check(command)
 
 
-@pytest.mark.parametrize("command, error", [
+@pytest.mark.parametrize(
+  "command, error",
+  [
     ("python experiments/compare.py --methods=l2w --seed=3", AssertionError),
     ("python experiments/nothing.py", OSError),
     ("python experiments/compare.py --config=configs/digit.py", ValueError),
-    ("python experiments/compare.py --config=configs/digits.py --methods=l2v"
-     " --workdir=w", ValueError),
-    ("python experiments/compare.py --config=configs/digits.py --methods=l2w"
-     " --workdir=w --config.meta.epsilom=1", ValueError),
-    ("python -m l2w_jax.main --mod=latency", AssertionError)])
+    (
+      "python experiments/compare.py --config=configs/digits.py --methods=l2v"
+      " --workdir=w",
+      ValueError,
+    ),
+    (
+      "python experiments/compare.py --config=configs/digits.py --methods=l2w"
+      " --workdir=w --config.meta.epsilom=1",
+      ValueError,
+    ),
+    ("python -m l2w_jax.main --mod=latency", AssertionError),
+  ],
+)
 def test_a_command_that_would_not_start_is_seen(command, error, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(error):

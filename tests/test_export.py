@@ -1,4 +1,5 @@
 """Exported stages, run by the loader with JAX alone."""
+
 import json
 import pathlib
 import shutil
@@ -19,7 +20,8 @@ LOADER = ROOT / "experiments/run_export.py"
 @pytest.fixture(scope="module")
 def workdir(finished, tmp_path_factory):
   workdir = shutil.copytree(
-      finished.workdir, tmp_path_factory.mktemp("export") / "run")
+    finished.workdir, tmp_path_factory.mktemp("export") / "run"
+  )
   export.export(workdir)
   return workdir
 
@@ -27,8 +29,11 @@ def workdir(finished, tmp_path_factory):
 def run_loader(folder, images, tmp_path):
   np.save(tmp_path / "images.npy", images)
   return subprocess.run(
-      [sys.executable, LOADER, folder, tmp_path / "images.npy"], cwd=tmp_path,
-      capture_output=True, text=True)
+    [sys.executable, LOADER, folder, tmp_path / "images.npy"],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
 
 
 def test_the_loader_answers_as_the_network_does(workdir, tiny_config, tmp_path):
@@ -59,7 +64,8 @@ def test_the_manifest_holds_what_a_user_needs(workdir):
   assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
   assert manifest["image_shape"] == [8, 8, 1]
   stage = export.jax_export.deserialize(
-      (workdir / "export/stage_2.stablehlo").read_bytes())
+    (workdir / "export/stage_2.stablehlo").read_bytes()
+  )
   assert stage.platforms == ("cpu", "cuda", "tpu")
   assert str(stage.out_avals[0].shape[0]) == "b"
   assert not list(workdir.glob(".export*"))
@@ -68,14 +74,17 @@ def test_the_manifest_holds_what_a_user_needs(workdir):
 def for_tpu_alone():
   """A file that this version reads and cannot run here."""
   images = [jax.ShapeDtypeStruct((1, 8, 8, 1), np.uint8)]
-  return export.jax_export.export(
-      jax.jit(lambda x: x), platforms=["tpu"])(images).serialize()
+  return export.jax_export.export(jax.jit(lambda x: x), platforms=["tpu"])(
+    images
+  ).serialize()
 
 
-@pytest.mark.parametrize("data", [b"of the future", for_tpu_alone()],
-                         ids=["unreadable", "runs elsewhere"])
+@pytest.mark.parametrize(
+  "data", [b"of the future", for_tpu_alone()], ids=["unreadable", "runs elsewhere"]
+)
 def test_an_export_that_jax_cannot_run_says_which_version_can(
-    data, workdir, tmp_path):
+  data, workdir, tmp_path
+):
   folder = shutil.copytree(workdir / "export", tmp_path / "export")
   (folder / "stage_1.stablehlo").write_bytes(data)
   done = run_loader(folder, np.zeros((1, 8, 8, 1), np.uint8), tmp_path)

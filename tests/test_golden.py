@@ -3,6 +3,7 @@
 Fixtures of allocation and thresholds are in test_allocation and
 test_exit_policy. experiments/check_golden.py runs all of a folder.
 """
+
 import pathlib
 
 import golden_fixtures
@@ -25,8 +26,9 @@ def test_cost_parameters_and_names_are_the_released_ones(name):
 
 
 # Each network compiles for half a minute or more.
-@pytest.mark.parametrize("name", [
-    "forward_msdnet_cifar10_nb5_lin_prunemin", "forward_ranet_cifar100_lg2"])
+@pytest.mark.parametrize(
+  "name", ["forward_msdnet_cifar10_nb5_lin_prunemin", "forward_ranet_cifar100_lg2"]
+)
 def test_logits_and_statistics_are_the_released_ones(name):
   with jax.enable_x64(True), np.load(FOLDER / f"{name}.npz") as fixture:
     errors = golden_fixtures.compare_forward(fixture)
@@ -49,8 +51,18 @@ def test_six_half_steps_are_the_released_ones():
     errors = golden_fixtures.compare_step(fixture)
   assert errors.pop("allocation") == 0
   assert set(errors) == {
-      "weights", "losses", "meta loss", "meta-gradient", "WPN", "Adam m",
-      "Adam v", "running mean", "running var", "backbone", "momentum"}
+    "weights",
+    "losses",
+    "meta loss",
+    "meta-gradient",
+    "WPN",
+    "Adam m",
+    "Adam v",
+    "running mean",
+    "running var",
+    "backbone",
+    "momentum",
+  }
   # A change of 1e-14 in the initial weights moves the released run itself by up
   # to 1e-12 (sens_perturb1e-14 in the fixtures); ours is within 4e-13.
   assert max(errors.values()) < 1e-11, errors

@@ -1,4 +1,5 @@
 """The laws of initial variables, and that one stream serves them all."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,10 @@ def build(kind, **deviating):
   return l2w.build_backbone(model, 5, (32, 32, 3))
 
 
-SMALL = {"msdnet": dict(num_exits=2), "ranet": dict(
-    blocks=1, block_step=1, step=1, growth=16)}
+SMALL = {
+  "msdnet": dict(num_exits=2),
+  "ranet": dict(blocks=1, block_step=1, step=1, growth=16),
+}
 
 
 @pytest.mark.parametrize("kind", ["msdnet", "ranet"])
@@ -51,27 +54,31 @@ def test_laws(kind, init):
       uniform += 1
   assert uniform > 0
   assert (normal > 0) == (init == "he")
-  for path, leaf in traverse_util.flatten_dict(
-      variables["batch_stats"]).items():
+  for path, leaf in traverse_util.flatten_dict(variables["batch_stats"]).items():
     np.testing.assert_array_equal(leaf, {"mean": 0, "var": 1}[path[-1]])
 
 
 def declare(**laws):
-  return {name: initializers.Declared(
-      jax.ShapeDtypeStruct(shape, np.float32), law, scale)
-          for name, (law, scale, shape) in laws.items()}
+  return {
+    name: initializers.Declared(jax.ShapeDtypeStruct(shape, np.float32), law, scale)
+    for name, (law, scale, shape) in laws.items()
+  }
 
 
 DECLARED = declare(
-    a=("uniform", 0.5, (200, 3)), b=("constant", 7.0, (2,)),
-    c=("uniform", 2.0, (600,)), d=("normal", 1.0, (100, 6)),
-    e=("normal", 3.0, (600,)))
+  a=("uniform", 0.5, (200, 3)),
+  b=("constant", 7.0, (2,)),
+  c=("uniform", 2.0, (600,)),
+  d=("normal", 1.0, (100, 6)),
+  e=("normal", 3.0, (600,)),
+)
 
 
 def test_every_variable_has_its_own_part_of_the_stream():
   drawn = initializers.draw(jax.random.key(0), DECLARED)
   assert {name: x.shape for name, x in drawn.items()} == {
-      name: leaf.value.shape for name, leaf in DECLARED.items()}
+    name: leaf.value.shape for name, leaf in DECLARED.items()
+  }
   units = [np.ravel(drawn[name]) / DECLARED[name].scale for name in "acde"]
   # Two independent sets of 600 correlate by 1 / √600 or so.
   correlation = np.corrcoef(units) - np.eye(4)
@@ -81,7 +88,8 @@ def test_every_variable_has_its_own_part_of_the_stream():
 
 def test_a_key_repeats_and_another_differs():
   first, again, other = (
-      initializers.draw(jax.random.key(seed), DECLARED) for seed in (3, 3, 4))
+    initializers.draw(jax.random.key(seed), DECLARED) for seed in (3, 3, 4)
+  )
   for name in "acde":
     np.testing.assert_array_equal(first[name], again[name])
     assert not np.any(first[name] == other[name])
@@ -89,8 +97,7 @@ def test_a_key_repeats_and_another_differs():
 
 def test_under_jit_the_numbers_are_the_same():
   plain = initializers.draw(jax.random.key(0), DECLARED)
-  jitted = jax.jit(lambda key: initializers.draw(key, DECLARED))(
-      jax.random.key(0))
+  jitted = jax.jit(lambda key: initializers.draw(key, DECLARED))(jax.random.key(0))
   for name, x in plain.items():
     # The normal law's inverse error function may be fused differently.
     np.testing.assert_allclose(jitted[name], x, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,5 @@
 """The latency table: every way of running, with the costs it is held against."""
+
 import numpy as np
 import pytest
 from test_early_exit import make_images, make_network, thresholds_for
@@ -11,8 +12,8 @@ def test_every_way_is_timed_beside_its_simulated_cost():
   network, images = make_network(), make_images(20)
   thresholds = thresholds_for(network, images)
   rows = latency.time_all(
-      network, images, {"q = 0.75": np.asarray(thresholds)},
-      {1: (1, 3), 16: (2, 1)})
+    network, images, {"q = 0.75": np.asarray(thresholds)}, {1: (1, 3), 16: (2, 1)}
+  )
   kinds = [(row["batch"], row["kind"], row["point"]) for row in rows]
   for batch in (1, 16):
     assert (batch, "full", "all exits") in kinds
@@ -28,7 +29,6 @@ def test_every_way_is_timed_beside_its_simulated_cost():
   own = images[np.resize(np.arange(20), 32)]
   _, confidence = network.simulate(own)
   taken = np.asarray(exit_policy.exits_taken(confidence, thresholds))
-  early = [row for row in rows
-           if row["kind"] == "early" and row["batch"] == 16]
+  early = [row for row in rows if row["kind"] == "early" and row["batch"] == 16]
   assert [row["call"] for row in early] == [16, 32]
   assert early[0]["macs"] == pytest.approx(macs[taken].mean())

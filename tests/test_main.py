@@ -1,4 +1,5 @@
 """The command line: the first command end to end, and one line for an error."""
+
 import json
 import pathlib
 import re
@@ -24,15 +25,24 @@ def test_the_first_command_trains_evaluates_and_reports(finished):
   workdir, command = finished
   assert command.code == 0, command.err
   assert {path.name for path in workdir.iterdir()} >= {
-      "config.json", "metrics.jsonl", "checkpoints", "results.json", "report"}
-  assert {path.name for path in (workdir / "checkpoints").iterdir()} == {
-      "8", "16"}
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "results.json",
+    "report",
+  }
+  assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8", "16"}
   config = json.loads((workdir / "config.json").read_text())
   assert config["model"]["num_exits"] == 2 and config["meta"]["epsilon"] == 0.8
   report = workdir / "report"
   pictures = sorted(report.glob("*.png"))
   assert {path.stem for path in pictures} >= {
-      "curves", "exits", "weights", "samples", "training"}
+    "curves",
+    "exits",
+    "weights",
+    "samples",
+    "training",
+  }
   page = (report / "index.html").read_text()
   for path in pictures:
     assert path.read_bytes().startswith(PNG) and f'"{path.name}"' in page
@@ -43,8 +53,10 @@ def test_the_first_command_trains_evaluates_and_reports(finished):
 def test_what_the_first_command_says(finished):
   workdir, (_, out, err) = finished
   lines = out.splitlines()
-  assert [re.match(r"exit \d: +\d+\.\d\d M MACs, accuracy \d+\.\d\d %$", line)
-          is not None for line in lines] == [True, True, False]
+  assert [
+    re.match(r"exit \d: +\d+\.\d\d M MACs, accuracy \d+\.\d\d %$", line) is not None
+    for line in lines
+  ] == [True, True, False]
   assert lines[2] == f"report: {workdir}/report/index.html"
   # Nothing but our own lines: no log of a library, no warning.
   for line in err.splitlines():
@@ -59,8 +71,14 @@ def test_results_hold_what_is_promised(finished):
   assert [row["exit"] for row in anytime] == [1, 2]
   assert [row["q"] for row in budgeted] == [q / 20 for q in range(1, 40)]
   for row in budgeted:
-    assert row.keys() >= {"q", "thresholds", "calibration_accuracy",
-                          "accuracy", "macs", "exits"}
+    assert row.keys() >= {
+      "q",
+      "thresholds",
+      "calibration_accuracy",
+      "accuracy",
+      "macs",
+      "exits",
+    }
     assert len(row["thresholds"]) == len(row["exits"]) == 2
     assert row["thresholds"][-1] == "-inf"
     assert sum(row["exits"]) == pytest.approx(1, abs=1e-6)
@@ -68,7 +86,8 @@ def test_results_hold_what_is_promised(finished):
   for row in anytime + budgeted:
     # Of 360 images, in float32.
     assert row["accuracy"] * 360 == pytest.approx(
-        round(row["accuracy"] * 360), abs=1e-4)
+      round(row["accuracy"] * 360), abs=1e-4
+    )
   assert results["samples"] == {"train": 1077, "calibration": 360, "test": 360}
   assert results["params"] == results["params_to_exit"][-1] > 0
   assert {"train", "compile", "evaluate"} <= results["seconds"].keys()
@@ -79,12 +98,13 @@ def test_results_hold_what_is_promised(finished):
 
 
 def test_metrics_have_a_line_for_every_step(finished):
-  lines = [json.loads(line) for line in
-           (finished.workdir / "metrics.jsonl").read_text().splitlines()]
+  lines = [
+    json.loads(line)
+    for line in (finished.workdir / "metrics.jsonl").read_text().splitlines()
+  ]
   train = [line for line in lines if line["kind"] == "train"]
   assert [line["step"] for line in train] == list(range(1, 17))
-  assert all(line["meta_loss"] > 0 and line["train_loss"] > 0
-             for line in train)
+  assert all(line["meta_loss"] > 0 and line["train_loss"] > 0 for line in train)
   for kind in ("evaluate", "weights"):
     assert [line["step"] for line in lines if line["kind"] == kind] == [8, 16]
 
@@ -93,8 +113,7 @@ def test_tensorboard_events_are_written(finished):
   pytest.importorskip("tensorboardX")
   (events,) = (finished.workdir / "tensorboard").iterdir()
   written = events.read_bytes()
-  for tag in (b"train/train_loss", b"train/meta_loss",
-              b"evaluate/accuracy/exit_2"):
+  for tag in (b"train/train_loss", b"train/meta_loss", b"evaluate/accuracy/exit_2"):
     assert tag in written
 
 
@@ -104,12 +123,12 @@ def workdir(finished, tmp_path):
 
 
 def contents(workdir):
-  return {path: path.read_bytes() for path in workdir.rglob("*")
-          if path.is_file()}
+  return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
 def test_running_again_says_so_and_returns_at_once(
-    workdir, tiny_config, capsys, monkeypatch):
+  workdir, tiny_config, capsys, monkeypatch
+):
   monkeypatch.setattr(train, "make_block_fn", None)
   monkeypatch.setattr(scores, "compile_scorer", None)
   before = contents(workdir)
@@ -121,8 +140,7 @@ def test_running_again_says_so_and_returns_at_once(
   assert contents(workdir) == before
 
 
-def test_running_again_makes_up_for_a_missing_report(
-    workdir, tiny_config, capsys):
+def test_running_again_makes_up_for_a_missing_report(workdir, tiny_config, capsys):
   shutil.rmtree(workdir / "report")
   (workdir / "results.json").unlink()
   main.run("all", workdir, tiny_config)
@@ -141,46 +159,62 @@ def test_evaluate_and_report_by_themselves(finished, workdir, capsys):
     assert mine[name] == theirs[name]
   main.run("report", workdir, None)
   assert (workdir / "report/index.html").exists()
-  assert capsys.readouterr().out.endswith(
-      f"report: {workdir}/report/index.html\n")
+  assert capsys.readouterr().out.endswith(f"report: {workdir}/report/index.html\n")
 
 
 def test_the_compilations_are_counted(compilations):
   import jax
+
   jax.jit(lambda x: x * 3.25)(7).block_until_ready()
   assert compilations() > 0
 
 
 # Flags, and a part of the one line they bring.
 MISTAKES = [
-    (["--config=configs/digits.py", "--config.epoch=3"],
-     "config.epoch does not exist; did you mean config.epochs? keys of config"),
-    (["--config=configs/digits.py", "--config.model.scales=3"],
-     "no such key in this config: scales"),
-    (["--config=configs/digits.py", "--config.epochs=many"],
-     "flag --config.epochs=many: invalid literal for int()"),
-    (["--config=configs/digits.py", "--config.model.bottleneck=7"],
-     "flag --config.model.bottleneck=7"),
-    (["--config=configs/digits.py", "--config.meta.epsilon=2"],
-     "config.meta.epsilon must be a number at least 0 and at most 1, got 2.0"),
-    (["--config=configs/digits.py", "--config.model={}"],
-     "config.model.name is missing"),
-    (["--config=configs/nope.py"], "No such file or directory: "
-     "'configs/nope.py'"),
-    (["--config=configs/nope.py", "--config.epochs=3"],
-     "No such file or directory: 'configs/nope.py'"),
-    (["--config=configs/digits.py:lw2"], "config.method must be one of"),
-    (["--config=configs/digits.py", "--workdir="], "--workdir is missing"),
-    (["--config=configs/digits.py", "--mode=test"],
-     "<all|train|evaluate|report|latency|export>"),
-    (["--config=configs/digits.py", "--wrokdir=x"], "wrokdir"),
-    (["--config=configs/digits.py", "evaluate"],
-     "unexpected argument 'evaluate'"),
-    (["--config=configs/digits.py", "--config.batch=129"],
-     "batch 129 does not split into two halves"),
-    ([], "--mode=all needs --config=FILE.py"),
-    (["--mode=evaluate"], "does not exist; train one first"),
-    (["--mode=report"], "does not exist; train one first"),
+  (
+    ["--config=configs/digits.py", "--config.epoch=3"],
+    "config.epoch does not exist; did you mean config.epochs? keys of config",
+  ),
+  (
+    ["--config=configs/digits.py", "--config.model.scales=3"],
+    "no such key in this config: scales",
+  ),
+  (
+    ["--config=configs/digits.py", "--config.epochs=many"],
+    "flag --config.epochs=many: invalid literal for int()",
+  ),
+  (
+    ["--config=configs/digits.py", "--config.model.bottleneck=7"],
+    "flag --config.model.bottleneck=7",
+  ),
+  (
+    ["--config=configs/digits.py", "--config.meta.epsilon=2"],
+    "config.meta.epsilon must be a number at least 0 and at most 1, got 2.0",
+  ),
+  (
+    ["--config=configs/digits.py", "--config.model={}"],
+    "config.model.name is missing",
+  ),
+  (["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
+  (
+    ["--config=configs/nope.py", "--config.epochs=3"],
+    "No such file or directory: 'configs/nope.py'",
+  ),
+  (["--config=configs/digits.py:lw2"], "config.method must be one of"),
+  (["--config=configs/digits.py", "--workdir="], "--workdir is missing"),
+  (
+    ["--config=configs/digits.py", "--mode=test"],
+    "<all|train|evaluate|report|latency|export>",
+  ),
+  (["--config=configs/digits.py", "--wrokdir=x"], "wrokdir"),
+  (["--config=configs/digits.py", "evaluate"], "unexpected argument 'evaluate'"),
+  (
+    ["--config=configs/digits.py", "--config.batch=129"],
+    "batch 129 does not split into two halves",
+  ),
+  ([], "--mode=all needs --config=FILE.py"),
+  (["--mode=evaluate"], "does not exist; train one first"),
+  (["--mode=report"], "does not exist; train one first"),
 ]
 
 
@@ -188,6 +222,7 @@ MISTAKES = [
 def mistakes(tmp_path_factory):
   """Answers to all mistakes; each process takes two seconds to start."""
   from concurrent.futures import ThreadPoolExecutor
+
   workdir = tmp_path_factory.mktemp("mistakes") / "run"
 
   def ask(mistake):
@@ -197,8 +232,9 @@ def mistakes(tmp_path_factory):
     return workdir, list(pool.map(ask, MISTAKES))
 
 
-@pytest.mark.parametrize("i", range(len(MISTAKES)),
-                         ids=[" ".join(flags) for flags, _ in MISTAKES])
+@pytest.mark.parametrize(
+  "i", range(len(MISTAKES)), ids=[" ".join(flags) for flags, _ in MISTAKES]
+)
 def test_a_mistake_is_one_line_and_exit_code_2(mistakes, i):
   workdir, commands = mistakes
   command = commands[i]
@@ -210,13 +246,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistakes, i):
 
 
 def test_verbosity_1_says_where_an_error_was_raised(tmp_path):
-  command = run_main(f"--workdir={tmp_path}", "--mode=evaluate",
-                     "--verbosity=1")
+  command = run_main(f"--workdir={tmp_path}", "--mode=evaluate", "--verbosity=1")
   assert command.code == 2
   assert "Traceback" in command.err and "in read_config" in command.err
   # JAX may add a line of its own as it leaves.
-  assert any(line.startswith("error: workdir ")
-             for line in command.err.splitlines()[-2:])
+  assert any(
+    line.startswith("error: workdir ") for line in command.err.splitlines()[-2:]
+  )
 
 
 def test_help():
@@ -232,8 +268,10 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
   command = run_main(f"--config={path}", f"--workdir={tmp_path / 'run'}")
   assert command.code == 2
   assert command.err.splitlines() == ["error: ValueError: no such set"]
-  path.write_text("from l2w_jax import config\ndef get_config():\n"
-                  "  c = config.defaults()\n  c.epoch = 3\n  return c\n")
+  path.write_text(
+    "from l2w_jax import config\ndef get_config():\n"
+    "  c = config.defaults()\n  c.epoch = 3\n  return c\n"
+  )
   command = run_main(f"--config={path}", f"--workdir={tmp_path / 'run'}")
   assert command.code == 2
   (line,) = command.err.splitlines()
@@ -241,19 +279,22 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
   assert len(line) < 200
 
 
-@pytest.mark.parametrize("key, value, says", [
+@pytest.mark.parametrize(
+  "key, value, says",
+  [
     ("batch", 129, "129 does not split into two halves .* such as 128"),
     ("batch", 2000, "1077 images, fewer than one loader batch"),
     ("num_devices", 64, "config.num_devices is 64, but this run has"),
     ("data.source", "mnist", "unknown data source 'mnist'"),
     ("model.growth_factors", (1, 2, 4, 4, 4), "the same number of scales"),
     ("model.growth", 3, None),
-])
+  ],
+)
 @pytest.mark.parametrize("mode", ["all", "train"])
 def test_what_does_not_fit_is_told_before_anything_else(
-    tmp_path, compilations, mode, key, value, says):
-  config = config_lib.load_config(
-      str(ROOT / "configs/digits.py"), {key: value})
+  tmp_path, compilations, mode, key, value, says
+):
+  config = config_lib.load_config(str(ROOT / "configs/digits.py"), {key: value})
   if says is None:
     says, config.model.growth_factors = "splits its growth in two", (1, 1)
   with pytest.raises(ValueError, match=says):
@@ -264,16 +305,17 @@ def test_what_does_not_fit_is_told_before_anything_else(
 
 def test_images_too_small_for_the_scales(tmp_path, compilations):
   factors = (1, 2, 4, 4, 4)
-  config = config_lib.load_config(str(ROOT / "configs/digits.py"), {
-      "model.growth_factors": factors, "model.bottleneck_factors": factors})
+  config = config_lib.load_config(
+    str(ROOT / "configs/digits.py"),
+    {"model.growth_factors": factors, "model.bottleneck_factors": factors},
+  )
   with pytest.raises(ValueError, match="8×8 pixels are too small for 5 scales"):
     main.run("all", tmp_path / "run", config)
   assert compilations() == 0
   assert not list(tmp_path.iterdir())
 
 
-def test_a_batch_must_split_over_devices_too(
-    tmp_path, tiny_config, monkeypatch):
+def test_a_batch_must_split_over_devices_too(tmp_path, tiny_config, monkeypatch):
   monkeypatch.setattr(parallel, "count_devices", lambda wanted: 3)
   with pytest.raises(ValueError, match="on 3 .* a multiple of 6, such as 126"):
     main.run("all", tmp_path / "run", tiny_config)
@@ -305,6 +347,5 @@ def test_evaluating_with_another_config_is_refused(workdir, tiny_config):
 
 def test_the_tiny_flags_are_the_tiny_config(finished, tiny_config):
   written = json.loads((finished.workdir / "config.json").read_text())
-  assert config_lib.differences(
-      config_lib.from_dict(written), tiny_config) == []
+  assert config_lib.differences(config_lib.from_dict(written), tiny_config) == []
   assert len(tiny_flags()) > 1

@@ -1,4 +1,5 @@
 """Eqs. 7, 8 and 9 against closed forms on models small enough for paper."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,10 @@ def x64():
 
 def least_squares(x, y):
   """Theta [K d] -> losses ½ (theta_k·x_i - y_i)² [B K]."""
+
   def losses_fn(theta):
     return 0.5 * jnp.square(x @ theta.T - y[:, None])
+
   return losses_fn
 
 
@@ -43,26 +46,32 @@ def test_two_parameters_by_hand():
     return 0.5 * jnp.square(pseudo[0, 0] - 1), pseudo
 
   (meta_loss, pseudo), gradient = meta.wpn_gradient(
-      jnp.ones(()), meta.LookAhead(
-          theta, losses_fn, pull, lambda phi: phi[None, None], sgd_step,
-          meta_loss_fn))
+    jnp.ones(()),
+    meta.LookAhead(
+      theta, losses_fn, pull, lambda phi: phi[None, None], sgd_step, meta_loss_fn
+    ),
+  )
   np.testing.assert_allclose(pseudo, [[2.57]], rtol=1e-14)
   np.testing.assert_allclose(meta_loss, 0.5 * 1.57**2, rtol=1e-14)
   np.testing.assert_allclose(gradient, -0.471, rtol=1e-14)
   # Eq. 9 with φ⁺ = 1.5: the gradient of 1.5·θ²/2 at 3.
   np.testing.assert_allclose(
-      meta.backbone_gradient(pull, jnp.full((1, 1), 1.5)), [[4.5]], rtol=1e-14)
+    meta.backbone_gradient(pull, jnp.full((1, 1), 1.5)), [[4.5]], rtol=1e-14
+  )
 
 
 def problem(seed=0, num=7, exits=3, dim=4):
   rng = np.random.default_rng(seed)
   return {
-      "x": rng.normal(size=(num, dim)), "y": rng.normal(size=num),
-      "meta_x": rng.normal(size=(num, dim)), "meta_y": rng.normal(size=num),
-      "theta": rng.normal(size=(exits, dim)),
-      "buffer": rng.normal(size=(exits, dim)),
-      "phi": rng.normal(size=(exits, exits)),
-      "exit_of_sample": rng.integers(0, exits, num)}
+    "x": rng.normal(size=(num, dim)),
+    "y": rng.normal(size=num),
+    "meta_x": rng.normal(size=(num, dim)),
+    "meta_y": rng.normal(size=num),
+    "theta": rng.normal(size=(exits, dim)),
+    "buffer": rng.normal(size=(exits, dim)),
+    "phi": rng.normal(size=(exits, exits)),
+    "exit_of_sample": rng.integers(0, exits, num),
+  }
 
 
 ALPHA, MOMENTUM, DECAY, EPSILON = 0.3, 0.9, 0.05, 0.7
@@ -79,7 +88,8 @@ def ours(p, phi, estimator="grad"):
 
   def sgd_step(gradient):
     return p["theta"] - ALPHA * (
-        gradient + MOMENTUM * p["buffer"] + DECAY * p["theta"])
+      gradient + MOMENTUM * p["buffer"] + DECAY * p["theta"]
+    )
 
   taken = np.eye(len(p["theta"]))[p["exit_of_sample"]]
   share = taken / np.maximum(taken.sum(0), 1)
@@ -88,9 +98,12 @@ def ours(p, phi, estimator="grad"):
     losses = least_squares(p["meta_x"], p["meta_y"])(pseudo)
     return (share * losses).sum(), None
 
-  (meta_loss, _), gradient = meta.ESTIMATORS[estimator](phi, meta.LookAhead(
-      p["theta"], losses_fn, pull, weights_fn, jax.jit(sgd_step),
-      meta_loss_fn))
+  (meta_loss, _), gradient = meta.ESTIMATORS[estimator](
+    phi,
+    meta.LookAhead(
+      p["theta"], losses_fn, pull, weights_fn, jax.jit(sgd_step), meta_loss_fn
+    ),
+  )
   return meta_loss, gradient
 
 
@@ -107,11 +120,15 @@ def closed_form(p, phi, samples_alike=False):
   losses = 0.5 * residual**2
   u = np.tanh(losses @ phi)
   w = 1 + EPSILON * (u - u.mean(1, keepdims=True))
-  gradient = np.stack([
+  gradient = np.stack(
+    [
       sum(w[i, k] * residual[i, k] * p["x"][i] for i in range(num)) / num
-      for k in range(exits)])
+      for k in range(exits)
+    ]
+  )
   pseudo = p["theta"] - ALPHA * (
-      gradient + MOMENTUM * p["buffer"] + DECAY * p["theta"])
+    gradient + MOMENTUM * p["buffer"] + DECAY * p["theta"]
+  )
   meta_residual = p["meta_x"] @ pseudo.T - p["meta_y"][:, None]
   v = np.zeros_like(pseudo)
   for k in range(exits):
@@ -129,7 +146,11 @@ def closed_form(p, phi, samples_alike=False):
 # The losses are quadratic, so a central difference is exact but for rounding,
 # 1e-16 times losses of up to 20 over steps of 0.01.
 TOLERANCES = {
-    "grad": 1e-11, "jvp": 1e-11, "finite_difference": 1e-9, "first_order": 1e-11}
+  "grad": 1e-11,
+  "jvp": 1e-11,
+  "finite_difference": 1e-9,
+  "first_order": 1e-11,
+}
 
 
 @pytest.mark.parametrize("estimator", TOLERANCES)
@@ -138,26 +159,34 @@ def test_wpn_gradient_is_the_closed_form(seed, estimator):
   p = problem(seed)
   _, gradient = ours(p, jnp.asarray(p["phi"]), estimator)
   np.testing.assert_allclose(
-      gradient, closed_form(p, p["phi"], estimator == "first_order"),
-      rtol=TOLERANCES[estimator])
+    gradient,
+    closed_form(p, p["phi"], estimator == "first_order"),
+    rtol=TOLERANCES[estimator],
+  )
 
 
 @pytest.mark.parametrize("center_over", ["exits", "batch", "all"])
 def test_one_slope_for_all_samples_and_exits_is_no_gradient(center_over):
   """Why `first_order` tells exits apart."""
   u = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))
-  _, pull = jax.vjp(
-      lambda u: weighting.sample_weights(u, EPSILON, center_over), u)
+  _, pull = jax.vjp(lambda u: weighting.sample_weights(u, EPSILON, center_over), u)
   np.testing.assert_allclose(pull(jnp.full((7, 3), 0.3))[0], 0, atol=1e-15)
 
 
 def test_a_meta_loss_without_slope_has_a_finite_difference():
   theta = jnp.ones((1, 1))
   losses_fn = least_squares(jnp.ones((1, 1)), jnp.zeros(1))
-  _, gradient = meta.wpn_gradient_finite_difference(jnp.ones(()), meta.LookAhead(
-      theta, losses_fn, jax.vjp(losses_fn, theta)[1],
-      lambda phi: phi[None, None], lambda g: theta - g,
-      lambda pseudo: (0.0 * pseudo[0, 0], None)))
+  _, gradient = meta.wpn_gradient_finite_difference(
+    jnp.ones(()),
+    meta.LookAhead(
+      theta,
+      losses_fn,
+      jax.vjp(losses_fn, theta)[1],
+      lambda phi: phi[None, None],
+      lambda g: theta - g,
+      lambda pseudo: (0.0 * pseudo[0, 0], None),
+    ),
+  )
   assert gradient == 0
 
 
@@ -168,11 +197,11 @@ def test_wpn_gradient_is_the_finite_difference():
   for index in np.ndindex(p["phi"].shape):
     step = np.zeros_like(p["phi"])
     step[index] = h
-    difference = (ours(p, p["phi"] + step)[0]
-                  - ours(p, p["phi"] - step)[0]) / (2 * h)
+    difference = (ours(p, p["phi"] + step)[0] - ours(p, p["phi"] - step)[0]) / (
+      2 * h
+    )
     # Truncation h² and cancellation 1e-16/h.
-    np.testing.assert_allclose(gradient[index], difference, rtol=1e-6,
-                               atol=1e-9)
+    np.testing.assert_allclose(gradient[index], difference, rtol=1e-6, atol=1e-9)
 
 
 def test_pull_form_is_the_textbook_form():
@@ -189,15 +218,18 @@ def test_pull_form_is_the_textbook_form():
         u = jnp.tanh(jax.lax.stop_gradient(losses) @ phi)
         weights = weighting.sample_weights(u, EPSILON, "exits")
         return (weights * losses).mean(0).sum()
-      gradient = jax.grad(train_loss)(theta)
-      return theta - ALPHA * (
-          gradient + MOMENTUM * p["buffer"] + DECAY * theta)
 
-    losses = least_squares(p["meta_x"], p["meta_y"])(
-        inner_step(p["theta"], phi))
-    return sum(losses[p["exit_of_sample"] == k, k].mean() for k in range(3)
-               if (p["exit_of_sample"] == k).any())
+      gradient = jax.grad(train_loss)(theta)
+      return theta - ALPHA * (gradient + MOMENTUM * p["buffer"] + DECAY * theta)
+
+    losses = least_squares(p["meta_x"], p["meta_y"])(inner_step(p["theta"], phi))
+    return sum(
+      losses[p["exit_of_sample"] == k, k].mean()
+      for k in range(3)
+      if (p["exit_of_sample"] == k).any()
+    )
 
   _, gradient = ours(p, jnp.asarray(p["phi"]))
   np.testing.assert_allclose(
-      gradient, jax.grad(objective)(jnp.asarray(p["phi"])), rtol=1e-12)
+    gradient, jax.grad(objective)(jnp.asarray(p["phi"])), rtol=1e-12
+  )

@@ -1,4 +1,5 @@
 """A half in microbatches: one network that normalises each by itself, no more."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,20 +26,23 @@ class InParts(Backbone):
     return self.backbone.num_exits
 
   def apply(self, variables, images, train=False, axis_name=None):
-    parts = [self.backbone.apply(
-        variables, images[m::self.num_parts], train, axis_name)
-        for m in range(self.num_parts)]
+    parts = [
+      self.backbone.apply(variables, images[m :: self.num_parts], train, axis_name)
+      for m in range(self.num_parts)
+    ]
     logits = jnp.zeros((len(images), *parts[0][0].shape[1:]), parts[0][0].dtype)
     for m, (rows, _) in enumerate(parts):
-      logits = logits.at[m::self.num_parts].set(rows)
+      logits = logits.at[m :: self.num_parts].set(rows)
     return logits, jax.tree.map(
-        lambda *stats: sum(stats) / self.num_parts, *(s for _, s in parts))
+      lambda *stats: sum(stats) / self.num_parts, *(s for _, s in parts)
+    )
 
 
 def run(backbone, config, state, batches):
   with jax.enable_x64(True):
     step = l2w_jax.make_train_step(
-        backbone, config, steps_per_epoch=STEPS_PER_EPOCH)
+      backbone, config, steps_per_epoch=STEPS_PER_EPOCH
+    )
     metrics = []
     for batch in batches:
       state, m = step(state, jax.tree.map(jnp.asarray, batch))
@@ -64,16 +68,20 @@ def name_of(case):
 
 
 CASES = [
-    {"center_over": "all", "estimator": "grad", "interval": 2},
-    {"center_over": "batch", "estimator": "jvp", "inputs": "both"},
-    *(pytest.param(case, marks=pytest.mark.slow) for case in (
-        {"center_over": "exits", "estimator": "grad"},
-        {"estimator": "finite_difference", "label_smoothing": 0.1},
-        {"method": "uniform"}))]
+  {"center_over": "all", "estimator": "grad", "interval": 2},
+  {"center_over": "batch", "estimator": "jvp", "inputs": "both"},
+  *(
+    pytest.param(case, marks=pytest.mark.slow)
+    for case in (
+      {"center_over": "exits", "estimator": "grad"},
+      {"estimator": "finite_difference", "label_smoothing": 0.1},
+      {"method": "uniform"},
+    )
+  ),
+]
 
 
-@pytest.mark.parametrize("num_parts", [
-    8, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_parts", [8, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES[1:], ids=name_of)
 def test_without_batchnorm_it_is_the_step_of_the_whole_half(case, num_parts):
   whole = run_linear(LinearExits(), linear_config(**case), 1)
@@ -94,8 +102,10 @@ def test_msdnet_in_microbatches():
   backbone = test_parallel.make_msdnet()
   state = test_parallel.start(config, backbone)
   rng = np.random.default_rng(0)
-  batches = [{"image": rng.normal(size=(16, 8, 8, 1)),
-              "label": rng.integers(0, 10, 16)} for _ in range(2)]
+  batches = [
+    {"image": rng.normal(size=(16, 8, 8, 1)), "label": rng.integers(0, 10, 16)}
+    for _ in range(2)
+  ]
   expected = run(InParts(backbone, 2), config, state, batches)
   config.microbatches = 2
   assert_same(run(backbone, config, state, batches), expected)
@@ -103,21 +113,26 @@ def test_msdnet_in_microbatches():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{"meta.interval": 2}, {"method": "uniform"}], ids=name_of)
+  "changes", [{"meta.interval": 2}, {"method": "uniform"}], ids=name_of
+)
 def test_memory_falls_with_the_microbatch(changes):
   config = test_parallel.make_config("all")
   config.update_from_flattened_dict(changes)
   backbone = test_parallel.make_msdnet()
   state = jax.eval_shape(
-      lambda: l2w_jax.init_state(jax.random.key(0), backbone, config))
-  batch = {"image": jax.ShapeDtypeStruct((512, 8, 8, 1), jnp.float32),
-           "label": jax.ShapeDtypeStruct((512,), jnp.int32)}
+    lambda: l2w_jax.init_state(jax.random.key(0), backbone, config)
+  )
+  batch = {
+    "image": jax.ShapeDtypeStruct((512, 8, 8, 1), jnp.float32),
+    "label": jax.ShapeDtypeStruct((512,), jnp.int32),
+  }
   needed = {}
   for num_parts in (1, 8):
     config.microbatches = num_parts
     step = l2w_jax.make_train_step(backbone, config, steps_per_epoch=3)
-    needed[num_parts] = step.lower(
-        state, batch).compile().memory_analysis().temp_size_in_bytes
+    needed[num_parts] = (
+      step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+    )
   # Images, losses and gradients stay.
   assert needed[8] < 0.3 * needed[1]
 

@@ -1,4 +1,5 @@
 """What every backbone must do: stages, causality, cost, errors, BatchNorm."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,17 +12,32 @@ from l2w_jax.models import layers
 from l2w_jax.models.conv import conv2d
 
 SMALL = {
-    "msdnet": ("msdnet", dict(num_exits=3)),
-    "msdnet, pruned at the end": ("msdnet", dict(
-        num_exits=3, prune="min", step_mode="even", step=1, base=2)),
-    "msdnet, no bottleneck, no transition": ("msdnet", dict(
-        num_exits=2, bottleneck=False, reduction=0)),
-    "msdnet, imagenet": ("msdnet", dict(
-        num_exits=2, stem="imagenet", classifier_width=0)),
-    "ranet": ("ranet", dict(blocks=1, block_step=1, step=1)),
-    "ranet, even, imagenet": ("ranet", dict(
-        blocks=1, block_step=1, step=2, step_mode="even", stem="imagenet",
-        classifier_width=0, scales=(1, 2, 2))),
+  "msdnet": ("msdnet", dict(num_exits=3)),
+  "msdnet, pruned at the end": (
+    "msdnet",
+    dict(num_exits=3, prune="min", step_mode="even", step=1, base=2),
+  ),
+  "msdnet, no bottleneck, no transition": (
+    "msdnet",
+    dict(num_exits=2, bottleneck=False, reduction=0),
+  ),
+  "msdnet, imagenet": (
+    "msdnet",
+    dict(num_exits=2, stem="imagenet", classifier_width=0),
+  ),
+  "ranet": ("ranet", dict(blocks=1, block_step=1, step=1)),
+  "ranet, even, imagenet": (
+    "ranet",
+    dict(
+      blocks=1,
+      block_step=1,
+      step=2,
+      step_mode="even",
+      stem="imagenet",
+      classifier_width=0,
+      scales=(1, 2, 2),
+    ),
+  ),
 }
 
 
@@ -30,7 +46,8 @@ def build(name, image=(32, 32, 3), **changes):
   config = config_lib.defaults(kind)
   small = {"channels": 4, "growth": 8, "classifier_width": 8}
   config.model.update(
-      {key: value for key, value in small.items() if key in config.model})
+    {key: value for key, value in small.items() if key in config.model}
+  )
   config.model.update(values | changes)
   return l2w.build_backbone(config_lib.validate(config).model, 5, image)
 
@@ -56,8 +73,11 @@ def test_stages_give_what_apply_gives(network):
     return jnp.stack(logits, axis=1)
 
   np.testing.assert_allclose(
-      staged(variables, images), jax.jit(backbone.apply)(variables, images),
-      rtol=1e-5, atol=1e-6)  # float32, fused differently
+    staged(variables, images),
+    jax.jit(backbone.apply)(variables, images),
+    rtol=1e-5,
+    atol=1e-6,
+  )  # float32, fused differently
 
 
 def test_exits_depend_on_nothing_behind_them_and_params_are_counted(network):
@@ -67,13 +87,13 @@ def test_exits_depend_on_nothing_behind_them_and_params_are_counted(network):
   @jax.jit
   @jax.grad
   def gradient(params, k):
-    logits, _ = backbone.apply(
-        {**variables, "params": params}, images, train=True)
+    logits, _ = backbone.apply({**variables, "params": params}, images, train=True)
     return jnp.square(logits[:, k]).sum()
 
   rows_of = [
-      traverse_util.flatten_dict(gradient(variables["params"], k))
-      for k in range(backbone.num_exits)]
+    traverse_util.flatten_dict(gradient(variables["params"], k))
+    for k in range(backbone.num_exits)
+  ]
   reached = np.zeros(backbone.num_exits, int)
   for path, parameter in rows_of[0].items():
     depends = np.array([np.any(rows[path] != 0) for rows in rows_of])
@@ -83,7 +103,7 @@ def test_exits_depend_on_nothing_behind_them_and_params_are_counted(network):
     if part == "classifier":
       np.testing.assert_array_equal(np.flatnonzero(depends), [int(index)])
     if part == "blocks":  # MSDNet's; block b is computed in stage b
-      assert not depends[:int(index.partition("_")[0])].any()
+      assert not depends[: int(index.partition("_")[0])].any()
   # Some of what a stage computes is for later exits only, but it costs.
   assert (reached <= backbone.params_to_exit).all()
   assert reached[-1] == backbone.params_to_exit[-1]
@@ -94,11 +114,15 @@ def test_exits_depend_on_nothing_behind_them_and_params_are_counted(network):
 
 def test_training_updates_statistics_and_evaluation_does_not_need_to(network):
   backbone, variables, images = network
-  logits, stats = jax.jit(
-      lambda v, x: backbone.apply(v, x, train=True))(variables, images)
+  logits, stats = jax.jit(lambda v, x: backbone.apply(v, x, train=True))(
+    variables, images
+  )
   assert logits.shape == (8, backbone.num_exits, 5)
-  jax.tree.map(lambda new, old: np.testing.assert_equal(
-      np.array_equal(new, old), False), stats, variables["batch_stats"])
+  jax.tree.map(
+    lambda new, old: np.testing.assert_equal(np.array_equal(new, old), False),
+    stats,
+    variables["batch_stats"],
+  )
 
 
 @pytest.mark.slow
@@ -112,16 +136,20 @@ def test_rematerialisation_changes_no_derivative():
     @jax.grad
     def run(params):
       logits, _ = backbone.apply(
-          {**variables, "params": params}, images, train=True)
+        {**variables, "params": params}, images, train=True
+      )
       return jnp.square(logits).sum()
 
     return run(variables["params"])
 
   # Float32, of which other operations are fused.
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(
-          a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()),
-      gradient(build("msdnet", num_exits=2, remat=True)), gradient(plain))
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()
+    ),
+    gradient(build("msdnet", num_exits=2, remat=True)),
+    gradient(plain),
+  )
 
 
 def test_batch_norm_is_pytorchs():
@@ -130,22 +158,26 @@ def test_batch_norm_is_pytorchs():
   norm = layers.BatchNorm(3)
   with jax.enable_x64(True):
     variables = {
-        "params": {"scale": jnp.full(3, 1.5), "bias": jnp.full(3, 0.5)},
-        "batch_stats": {"mean": jnp.full(3, 0.2), "var": jnp.full(3, 2.0)}}
+      "params": {"scale": jnp.full(3, 1.5), "bias": jnp.full(3, 0.5)},
+      "batch_stats": {"mean": jnp.full(3, 0.2), "var": jnp.full(3, 2.0)},
+    }
     y, updated = norm.apply(
-        variables, jnp.asarray(x), layers.Mode(train=True),
-        mutable=["batch_stats"])
+      variables, jnp.asarray(x), layers.Mode(train=True), mutable=["batch_stats"]
+    )
     running = norm.apply(variables, jnp.asarray(x), layers.Mode())
   mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
   np.testing.assert_allclose(
-      y, 1.5 * (x - mean) / np.sqrt(var + 1e-5) + 0.5, rtol=1e-12)
+    y, 1.5 * (x - mean) / np.sqrt(var + 1e-5) + 0.5, rtol=1e-12
+  )
   np.testing.assert_allclose(
-      updated["batch_stats"]["mean"], 0.9 * 0.2 + 0.1 * mean, rtol=1e-12)
+    updated["batch_stats"]["mean"], 0.9 * 0.2 + 0.1 * mean, rtol=1e-12
+  )
   np.testing.assert_allclose(
-      updated["batch_stats"]["var"], 0.9 * 2.0 + 0.1 * var * 16 / 15,
-      rtol=1e-12)
+    updated["batch_stats"]["var"], 0.9 * 2.0 + 0.1 * var * 16 / 15, rtol=1e-12
+  )
   np.testing.assert_allclose(
-      running, 1.5 * (x - 0.2) / np.sqrt(2.0 + 1e-5) + 0.5, rtol=1e-12)
+    running, 1.5 * (x - 0.2) / np.sqrt(2.0 + 1e-5) + 0.5, rtol=1e-12
+  )
 
 
 def test_batch_norm_needs_two_values():
@@ -153,79 +185,105 @@ def test_batch_norm_needs_two_values():
   x = jnp.zeros((1, 1, 1, 3))
   variables = norm.init(jax.random.key(0), x, layers.Mode())
   variables = jax.tree.map(
-      lambda leaf: leaf.unbox() if hasattr(leaf, "unbox") else leaf, variables,
-      is_leaf=lambda leaf: hasattr(leaf, "unbox"))
+    lambda leaf: leaf.unbox() if hasattr(leaf, "unbox") else leaf,
+    variables,
+    is_leaf=lambda leaf: hasattr(leaf, "unbox"),
+  )
   with pytest.raises(ValueError, match="more than one value per channel"):
     norm.apply(variables, x, layers.Mode(train=True), mutable=["batch_stats"])
 
 
-@pytest.mark.parametrize("height, width, kernel, stride", [
-    (8, 8, 3, 1), (7, 9, 3, 2), (8, 8, 3, 2), (15, 14, 7, 2), (1, 1, 3, 2)])
+@pytest.mark.parametrize(
+  "height, width, kernel, stride",
+  [(8, 8, 3, 1), (7, 9, 3, 2), (8, 8, 3, 2), (15, 14, 7, 2), (1, 1, 3, 2)],
+)
 def test_convolution_and_all_its_derivatives(height, width, kernel, stride):
   """Against XLA's own convolution: gradient, its gradient, and a jvp of it."""
   rng = np.random.default_rng(0)
-  x, k = rng.normal(size=(3, height, width, 4)), rng.normal(
-      size=(kernel, kernel, 4, 4))
+  x, k = (
+    rng.normal(size=(3, height, width, 4)),
+    rng.normal(size=(kernel, kernel, 4, 4)),
+  )
   pad = (kernel // 2, kernel // 2)
 
   def reference(x, k, stride):
     return jax.lax.conv_general_dilated(
-        x, k, (stride, stride), (pad, pad),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+      x, k, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
   def results(conv):
     def loss(x, k):
       return jnp.sin(conv(jnp.tanh(conv(x, k, stride)), k, 1)).sum()
 
     gradient = jax.grad(loss, (0, 1))
-    return (loss(x, k), gradient(x, k),
-            jax.grad(lambda x, k: sum(
-                jnp.cos(g).sum() for g in gradient(x, k)), (0, 1))(x, k),
-            jax.jvp(gradient, (x, k), (x, k))[1],
-            jax.vmap(lambda x: conv(x[None], k, stride))(x))
+    return (
+      loss(x, k),
+      gradient(x, k),
+      jax.grad(lambda x, k: sum(jnp.cos(g).sum() for g in gradient(x, k)), (0, 1))(
+        x, k
+      ),
+      jax.jvp(gradient, (x, k), (x, k))[1],
+      jax.vmap(lambda x: conv(x[None], k, stride))(x),
+    )
 
   with jax.enable_x64(True):
     x, k = jnp.asarray(x), jnp.asarray(k)
-    ours, theirs = jax.jit(lambda: results(conv2d))(), jax.jit(
-        lambda: results(reference))()
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-9, atol=1e-9), ours, theirs)
+    ours, theirs = (
+      jax.jit(lambda: results(conv2d))(),
+      jax.jit(lambda: results(reference))(),
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9),
+    ours,
+    theirs,
+  )
 
 
-@pytest.mark.parametrize("initializer, name", [
-    ("pytorch", "msdnet"), ("he", "msdnet")])
+@pytest.mark.parametrize(
+  "initializer, name", [("pytorch", "msdnet"), ("he", "msdnet")]
+)
 def test_initial_kernels_follow_their_law(initializer, name):
   backbone = build(name, channels=32, init=initializer)
-  params = traverse_util.flatten_dict(
-      backbone.init(jax.random.key(0))["params"])
-  kernels = [x for path, x in params.items()
-             if path[-1] == "kernel" and x.ndim == 4 and x.size > 4000]
+  params = traverse_util.flatten_dict(backbone.init(jax.random.key(0))["params"])
+  kernels = [
+    x
+    for path, x in params.items()
+    if path[-1] == "kernel" and x.ndim == 4 and x.size > 4000
+  ]
   assert kernels
   for kernel in kernels:
     fan_in = np.prod(kernel.shape[:3])
     if initializer == "pytorch":
       assert np.abs(kernel).max() <= fan_in**-0.5
-      np.testing.assert_allclose(kernel.std(), (3 * fan_in)**-0.5, rtol=0.05)
+      np.testing.assert_allclose(kernel.std(), (3 * fan_in) ** -0.5, rtol=0.05)
     else:
       fan_out = np.prod(kernel.shape[:2]) * kernel.shape[3]
-      np.testing.assert_allclose(kernel.std(), (2 / fan_out)**0.5, rtol=0.05)
-      np.testing.assert_allclose(kernel.mean(), 0, atol=4 * (
-          2 / fan_out / kernel.size)**0.5)
+      np.testing.assert_allclose(kernel.std(), (2 / fan_out) ** 0.5, rtol=0.05)
+      np.testing.assert_allclose(
+        kernel.mean(), 0, atol=4 * (2 / fan_out / kernel.size) ** 0.5
+      )
 
 
-@pytest.mark.parametrize("name, image, changes, message", [
+@pytest.mark.parametrize(
+  "name, image, changes, message",
+  [
     ("msdnet", (3, 8, 3), {}, "images of 3×8 pixels are too small"),
     ("msdnet, imagenet", (15, 15, 3), {}, "too small"),
     ("ranet", (2, 2, 1), {}, "too small"),
-    ("msdnet", (32, 32, 3), {"bottleneck_factors": (1, 2)},
-     "must name the same number of scales"),
+    (
+      "msdnet",
+      (32, 32, 3),
+      {"bottleneck_factors": (1, 2)},
+      "must name the same number of scales",
+    ),
     ("msdnet", (32, 32, 3), {"growth": 3, "growth_factors": (1, 1, 2)}, "odd"),
     ("ranet", (32, 32, 3), {"scales": (2, 3, 4)}, "must start at 1"),
     ("ranet", (32, 32, 3), {"scales": (1, 3, 3)}, "must start at 1"),
     ("ranet", (32, 32, 3), {"scales": (1, 2)}, "one entry for each"),
     ("ranet", (32, 32, 3), {"growth": 1}, "without new channels"),
     ("ranet", (32, 32, 3), {"reduction": 0}, "reduction 0"),
-])
+  ],
+)
 def test_what_cannot_be_built_is_one_clear_error(name, image, changes, message):
   with pytest.raises(ValueError, match=message):
     build(name, image, **changes)

@@ -3,6 +3,7 @@
 CPU devices are virtual and their number is fixed when JAX starts, so the
 comparison is this file, run as a program with four of them.
 """
+
 import functools
 import json
 import os
@@ -33,53 +34,66 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, NUM_TRAIN = 2, 16, 40
 # What is planted in the source of the step, and where a device then errs.
 REAL_GRADIENT = (
-    "train_step",
-    "    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))\n"
-    "    state = _real_step(optimizer, state, gradient, devices.across("
-    "batch_stats),\n                       learning_rate)\n"
-    "    state = state.replace(wpn_params",
-    "    gradient = meta.backbone_gradient(pull, weights)\n"
-    "    state = _real_step(optimizer, state, gradient, devices.across("
-    "batch_stats),\n                       learning_rate)\n"
-    "    state = state.replace(wpn_params")
+  "train_step",
+  "    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))\n"
+  "    state = _real_step(optimizer, state, gradient, devices.across("
+  "batch_stats),\n                       learning_rate)\n"
+  "    state = state.replace(wpn_params",
+  "    gradient = meta.backbone_gradient(pull, weights)\n"
+  "    state = _real_step(optimizer, state, gradient, devices.across("
+  "batch_stats),\n                       learning_rate)\n"
+  "    state = state.replace(wpn_params",
+)
 BUGS = {
-    "real gradient not averaged": REAL_GRADIENT,
-    "pseudo gradient not averaged": (
-        "meta", "return sgd_step(average(backbone_gradient(pull, weights)))",
-        "return sgd_step(backbone_gradient(pull, weights))"),
-    "meta-gradient not averaged": (
-        "meta", "has_aux=True)(wpn_params)\n"
-        "  return (look.average(meta_loss), aux), look.average(gradient)",
-        "has_aux=True)(wpn_params)\n"
-        "  return (look.average(meta_loss), aux), gradient"),
-    "centred on each device": (
-        "weighting", "mean = average(output.mean(keepdims=True))",
-        "mean = output.mean(keepdims=True)"),
-    "allocated on each device": (
-        "train_step", "everyone = devices.gather(jax.lax.stop_gradient("
-        "confidence))\n"
-        "      allocated = allocate(everyone, proportions)",
-        "own = jax.lax.stop_gradient(confidence)\n"
-        "      allocated = devices.gather("
-        "allocate(own, proportions))"),
+  "real gradient not averaged": REAL_GRADIENT,
+  "pseudo gradient not averaged": (
+    "meta",
+    "return sgd_step(average(backbone_gradient(pull, weights)))",
+    "return sgd_step(backbone_gradient(pull, weights))",
+  ),
+  "meta-gradient not averaged": (
+    "meta",
+    "has_aux=True)(wpn_params)\n"
+    "  return (look.average(meta_loss), aux), look.average(gradient)",
+    "has_aux=True)(wpn_params)\n  return (look.average(meta_loss), aux), gradient",
+  ),
+  "centred on each device": (
+    "weighting",
+    "mean = average(output.mean(keepdims=True))",
+    "mean = output.mean(keepdims=True)",
+  ),
+  "allocated on each device": (
+    "train_step",
+    "everyone = devices.gather(jax.lax.stop_gradient("
+    "confidence))\n"
+    "      allocated = allocate(everyone, proportions)",
+    "own = jax.lax.stop_gradient(confidence)\n"
+    "      allocated = devices.gather("
+    "allocate(own, proportions))",
+  ),
 }
 
 # The same of the other form of the meta-gradient.
 V_NOT_AVERAGED = (
-    "meta", "lambda gradient: look.sgd_step(look.average(gradient)),\n"
-    "      backbone_gradient(look.pull, weights))",
-    "look.sgd_step, look.average(backbone_gradient(look.pull, weights)))")
+  "meta",
+  "lambda gradient: look.sgd_step(look.average(gradient)),\n"
+  "      backbone_gradient(look.pull, weights))",
+  "look.sgd_step, look.average(backbone_gradient(look.pull, weights)))",
+)
 
 # That parts are blocks of what a device has.
 PARTS_IN_ORDER = (
-    "microbatches", "size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)",
-    "num_parts, size // num_parts, *x.shape[1:])")
+  "microbatches",
+  "size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)",
+  "num_parts, size // num_parts, *x.shape[1:])",
+)
 
 # That each device normalises with its own statistics.
 LOCAL_BATCH_NORM = (
-    "train_step",
-    'half["image"],\n        train=True, axis_name=devices.axis_name)',
-    'half["image"],\n        train=True)')
+  "train_step",
+  'half["image"],\n        train=True, axis_name=devices.axis_name)',
+  'half["image"],\n        train=True)',
+)
 
 
 def make_config(center_over="all", method="l2w") -> ConfigDict:
@@ -88,8 +102,15 @@ def make_config(center_over="all", method="l2w") -> ConfigDict:
   # The second batch is new to every device, the shifts are not symmetric.
   config.data.update(augment="shift", pad=1)
   config.model.update(
-      num_exits=2, step_mode="even", channels=4, growth=4, bottleneck=False,
-      growth_factors=(1,), bottleneck_factors=(1,), classifier_width=4)
+    num_exits=2,
+    step_mode="even",
+    channels=4,
+    growth=4,
+    bottleneck=False,
+    growth_factors=(1,),
+    bottleneck_factors=(1,),
+    classifier_width=4,
+  )
   config.meta.update(center_over=center_over, hidden=5, learning_rate=0.01)
   config.evaluate.batch = 7
   return config_lib.validate(config)
@@ -97,8 +118,11 @@ def make_config(center_over="all", method="l2w") -> ConfigDict:
 
 def make_dataset(config: ConfigDict) -> sources.Dataset:
   digits = sources.load(config.data)
-  return digits._replace(train=sources.Split(
-      digits.train.images[:NUM_TRAIN], digits.train.labels[:NUM_TRAIN]))
+  return digits._replace(
+    train=sources.Split(
+      digits.train.images[:NUM_TRAIN], digits.train.labels[:NUM_TRAIN]
+    )
+  )
 
 
 class Linear(LinearExits):
@@ -108,8 +132,10 @@ class Linear(LinearExits):
 
   def init(self, key):
     weight = jax.random.normal(key, (self.num_exits, 64, self.num_classes))
-    return {"params": {"weight": 0.1 * weight}, "batch_stats": {
-        "mean": jnp.zeros((self.num_exits, self.num_classes))}}
+    return {
+      "params": {"weight": 0.1 * weight},
+      "batch_stats": {"mean": jnp.zeros((self.num_exits, self.num_classes))},
+    }
 
 
 def make_msdnet() -> l2w_jax.models.Backbone:
@@ -119,18 +145,29 @@ def make_msdnet() -> l2w_jax.models.Backbone:
 def make_ranet() -> l2w_jax.models.Backbone:
   model = config_lib.defaults("ranet").model
   model.update(
-      blocks=1, block_step=1, step=1, channels=4, growth=8, scales=(1, 2),
-      # One channel between BatchNorms would have a scale without a gradient.
-      compress=0.5,
-      growth_factors=(2, 1), bottleneck_factors=(1, 1), classifier_width=4)
+    blocks=1,
+    block_step=1,
+    step=1,
+    channels=4,
+    growth=8,
+    scales=(1, 2),
+    # One channel between BatchNorms would have a scale without a gradient.
+    compress=0.5,
+    growth_factors=(2, 1),
+    bottleneck_factors=(1, 1),
+    classifier_width=4,
+  )
   return l2w_jax.build_backbone(model, 10, (8, 8, 1))
 
 
 NETWORKS = {"msdnet": make_msdnet, "ranet": make_ranet}
 # All that has to agree: (network, center_over, meta.interval, microbatches).
-GRID = [(network, center_over, interval, 1) for network in NETWORKS
-        for center_over in ("exits", "batch", "all") for interval in (1, 2)
-        ] + [("msdnet", "all", 1, 2)]
+GRID = [
+  (network, center_over, interval, 1)
+  for network in NETWORKS
+  for center_over in ("exits", "batch", "all")
+  for interval in (1, 2)
+] + [("msdnet", "all", 1, 2)]
 
 
 def compare_grid(cases, estimators=("grad", "jvp"), num_devices=(2, 4, 8)):
@@ -144,29 +181,42 @@ def compare_grid(cases, estimators=("grad", "jvp"), num_devices=(2, 4, 8)):
     for estimator in estimators:
       config.meta.estimator = estimator
       for n in num_devices:
-        yield {"network": network, "center_over": center_over,
-               "interval": interval, "microbatches": parts, "devices": n,
-               "estimator": estimator} | difference_of(
-                   *run_steps(config, backbone, before, n, steps=5), one)
+        yield {
+          "network": network,
+          "center_over": center_over,
+          "interval": interval,
+          "microbatches": parts,
+          "devices": n,
+          "estimator": estimator,
+        } | difference_of(*run_steps(config, backbone, before, n, steps=5), one)
 
 
 def start(config: ConfigDict, backbone):
   state = l2w_jax.init_state(jax.random.key(0), backbone, config)
   return jax.tree.map(
-      lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else None),
-      state)
+    lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else None), state
+  )
 
 
 def run_steps(
-    config: ConfigDict, backbone, state, num_devices: int, steps: int = STEPS):
+  config: ConfigDict, backbone, state, num_devices: int, steps: int = STEPS
+):
   """(replicas of the state [D ...], metrics) after some steps."""
   with jax.enable_x64(True):
     run = train.make_block_fn(
-        backbone, config, order.steps_per_epoch(NUM_TRAIN, BATCH), num_devices)
-    state, block = run(*(
-        parallel.replicate(x, num_devices) for x in (
-            state, resident.arrays(make_dataset(config)), np.int32(steps),
-            jax.random.key_data(jax.random.key(1)))))
+      backbone, config, order.steps_per_epoch(NUM_TRAIN, BATCH), num_devices
+    )
+    state, block = run(
+      *(
+        parallel.replicate(x, num_devices)
+        for x in (
+          state,
+          resident.arrays(make_dataset(config)),
+          np.int32(steps),
+          jax.random.key_data(jax.random.key(1)),
+        )
+      )
+    )
     if num_devices == 1:
       state = jax.tree.map(lambda x: x[None], state)
     block = parallel.first(block, num_devices)
@@ -178,6 +228,7 @@ def relative_difference(ours, theirs) -> float:
 
   Infinite unless NaN, of a WPN update left out, are at the same places.
   """
+
   def difference(a, b):
     known = ~np.isnan(b)
     if not np.array_equal(known, ~np.isnan(a)):
@@ -186,24 +237,30 @@ def relative_difference(ours, theirs) -> float:
     return float(np.max(np.abs(a - b), where=known, initial=0) / scale)
 
   return max(
-      difference(a, b) for a, b in zip(
-          jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-      if a.dtype != bool and a.size)
+    difference(a, b)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    if a.dtype != bool and a.size
+  )
 
 
 def replicas_equal(state) -> bool:
-  return all(replica.tobytes() == x[0].tobytes()
-             for x in jax.tree.leaves(state) for replica in x)
+  return all(
+    replica.tobytes() == x[0].tobytes()
+    for x in jax.tree.leaves(state)
+    for replica in x
+  )
 
 
 def difference_of(state, block, one) -> dict:
   """How far a run on many devices is from the one on one device."""
   one_state, one_block = one
   return {
-      "replicas_equal": replicas_equal(state),
-      "state": relative_difference(*(
-          jax.tree.map(lambda x: x[0], s) for s in (state, one_state))),
-      "metrics": relative_difference(block, one_block)}
+    "replicas_equal": replicas_equal(state),
+    "state": relative_difference(
+      *(jax.tree.map(lambda x: x[0], s) for s in (state, one_state))
+    ),
+    "metrics": relative_difference(block, one_block),
+  }
 
 
 def compare(config: ConfigDict, backbone, num_devices: list[int], one=None):
@@ -211,18 +268,20 @@ def compare(config: ConfigDict, backbone, num_devices: list[int], one=None):
   before = start(config, backbone)
   one = one or run_steps(config, backbone, before, 1)
   moved = relative_difference(
-      jax.tree.map(lambda x: x[0], one[0].params), before.params)
+    jax.tree.map(lambda x: x[0], one[0].params), before.params
+  )
   return one, [
-      difference_of(*run_steps(config, backbone, before, n), one)
-      | {"moved": moved} for n in num_devices]
+    difference_of(*run_steps(config, backbone, before, n), one) | {"moved": moved}
+    for n in num_devices
+  ]
 
 
 def compare_planted(bug, config, backbone, one) -> dict:
   from test_train_step import plant
+
   with pytest.MonkeyPatch.context() as patch:
     plant(patch, [bug])
-    patch.setattr(
-        train, "step_body", sys.modules["l2w_jax.train_step"].step_body)
+    patch.setattr(train, "step_body", sys.modules["l2w_jax.train_step"].step_body)
     return compare(config, backbone, [2], one)[1][0]
 
 
@@ -232,52 +291,72 @@ def local_step(config: ConfigDict, backbone, state, num_shards: int):
   Up to its gradients, each shard of a half is a run of its own. Their means
   update the WPN and then the backbone.
   """
+
   def mean(trees):
     return jax.tree.map(lambda *x: sum(x) / num_shards, *trees)
 
   def shards(half):
-    return [jax.tree.map(lambda x, d=d: jnp.split(x, num_shards)[d], half)
-            for d in range(num_shards)]
+    return [
+      jax.tree.map(lambda x, d=d: jnp.split(x, num_shards)[d], half)
+      for d in range(num_shards)
+    ]
 
   with jax.enable_x64(True):
     steps_per_epoch = order.steps_per_epoch(NUM_TRAIN, BATCH)
     batch = jax.jit(resident.make_batch_fn(config, jax.random.key(1)))(
-        resident.arrays(make_dataset(config)), jnp.int32(0))
-    halves = [jax.tree.map(lambda x, h=h: jnp.split(x, 2)[h], batch)
-              for h in range(2)]
-    alone = jax.jit(train_step.half_step_body(
-        backbone, config, steps_per_epoch=steps_per_epoch))
+      resident.arrays(make_dataset(config)), jnp.int32(0)
+    )
+    halves = [
+      jax.tree.map(lambda x, h=h: jnp.split(x, 2)[h], batch) for h in range(2)
+    ]
+    alone = jax.jit(
+      train_step.half_step_body(backbone, config, steps_per_epoch=steps_per_epoch)
+    )
 
     @jax.jit
     def real_gradient(state, half):
       def loss(params):
         logits, _ = backbone.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            half["image"], train=True)
+          {"params": params, "batch_stats": state.batch_stats},
+          half["image"],
+          train=True,
+        )
         losses = losses_lib.cross_entropy(logits, half["label"])
         weights = weighting.sample_weights(
-            wpn.apply(state.wpn_params, jax.lax.stop_gradient(losses)),
-            config.meta.epsilon, config.meta.center_over)
+          wpn.apply(state.wpn_params, jax.lax.stop_gradient(losses)),
+          config.meta.epsilon,
+          config.meta.center_over,
+        )
         return (jax.lax.stop_gradient(weights) * losses).mean(0).sum()
 
       return jax.grad(loss)(state.params)
 
     for train_half, meta_half in (halves, halves[::-1]):
-      runs = [alone(state, *pair) for pair in zip(
-          shards(train_half), shards(meta_half), strict=True)]
+      runs = [
+        alone(state, *pair)
+        for pair in zip(shards(train_half), shards(meta_half), strict=True)
+      ]
       updates, wpn_opt_state = adam(config.meta).update(
-          mean([metrics["wpn_gradient"] for _, metrics in runs]),
-          state.wpn_opt_state, state.wpn_params)
+        mean([metrics["wpn_gradient"] for _, metrics in runs]),
+        state.wpn_opt_state,
+        state.wpn_params,
+      )
       state = state.replace(
-          wpn_opt_state=wpn_opt_state, wpn_params=apply_updates(
-              state.wpn_params, updates, config.meta.learning_rate))
+        wpn_opt_state=wpn_opt_state,
+        wpn_params=apply_updates(
+          state.wpn_params, updates, config.meta.learning_rate
+        ),
+      )
       updates, opt_state = sgd(config.optimizer).update(
-          mean([real_gradient(state, half) for half in shards(train_half)]),
-          state.opt_state, state.params)
+        mean([real_gradient(state, half) for half in shards(train_half)]),
+        state.opt_state,
+        state.params,
+      )
       state = state.replace(
-          opt_state=opt_state, params=apply_updates(
-              state.params, updates, config.optimizer.learning_rate),
-          batch_stats=mean([after.batch_stats for after, _ in runs]))
+        opt_state=opt_state,
+        params=apply_updates(state.params, updates, config.optimizer.learning_rate),
+        batch_stats=mean([after.batch_stats for after, _ in runs]),
+      )
     return jax.device_get(state.replace(step=state.step + 1))
 
 
@@ -291,9 +370,10 @@ def compare_local(config: ConfigDict, backbone) -> dict:
   other, _ = run_steps(config, backbone, before, 2, steps=1)
   first = functools.partial(jax.tree.map, lambda x: x[0])
   return {
-      "replicas_equal": replicas_equal(state),
-      "state": relative_difference(first(state), ours),
-      "to_global": relative_difference(first(state), first(other))}
+    "replicas_equal": replicas_equal(state),
+    "state": relative_difference(first(state), ours),
+    "to_global": relative_difference(first(state), first(other)),
+  }
 
 
 def compare_scores(num_devices: int) -> bool:
@@ -334,19 +414,17 @@ def main():
     config = make_config(center_over)
     one = run_steps(config, Linear(), start(config, Linear()), 1)
     config.meta.estimator = "jvp"
-    _, results[f"linear {center_over} jvp"] = compare(
-        config, Linear(), [1, 4], one)
-  results["v not averaged"] = compare_planted(
-      V_NOT_AVERAGED, config, Linear(), one)
+    _, results[f"linear {center_over} jvp"] = compare(config, Linear(), [1, 4], one)
+  results["v not averaged"] = compare_planted(V_NOT_AVERAGED, config, Linear(), one)
   config.meta.estimator = "unroll:2"
   one, results["linear unroll"] = compare(config, Linear(), [4])
-  results["parts in order"] = compare_planted(
-      PARTS_IN_ORDER, config, Linear(), one)
+  results["parts in order"] = compare_planted(PARTS_IN_ORDER, config, Linear(), one)
   config.meta.update(estimator="first_order", center_over="exits")
   one, results["linear first order"] = compare(config, Linear(), [2])
   for method in ("uniform", "random", "easy_early"):
     _, results[f"linear {method}"] = compare(
-        make_config(method=method), Linear(), [4])
+      make_config(method=method), Linear(), [4]
+    )
   for center_over, n in (("exits", 2), ("batch", 4), ("all", 4)):
     config = make_config(center_over)
     msdnet = make_msdnet()
@@ -355,7 +433,8 @@ def main():
       config.meta.estimator = "jvp"
     _, results[f"msdnet {center_over}"] = compare(config, msdnet, [n], one)
   results["BatchNorm"] = compare_planted(
-      LOCAL_BATCH_NORM, config, make_msdnet(), one)
+    LOCAL_BATCH_NORM, config, make_msdnet(), one
+  )
   results["local linear"] = compare_local(make_config("all"), Linear())
   results["local msdnet"] = compare_local(make_config("batch"), make_msdnet())
   print(json.dumps(results))
@@ -365,15 +444,21 @@ def run_program(num_devices: int, *arguments: str):
   """What this file prints last with so many virtual devices."""
   # Compilation is most of the time; code that is optimised less still adds the
   # same float64 numbers. The last flag halves it, where this XLA has it.
-  flags = [f"--xla_force_host_platform_device_count={num_devices}",
-           "--xla_backend_optimization_level=0",
-           "--xla_llvm_disable_expensive_passes=true",
-           "--xla_cpu_use_fusion_emitters=false"]
+  flags = [
+    f"--xla_force_host_platform_device_count={num_devices}",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+  ]
   for given in (flags, flags[:-1]):
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True,
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": " ".join(given),
-                          "PYTHONPATH": str(ROOT)}, timeout=300)
+      [sys.executable, __file__, *arguments],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+      env=os.environ | {"XLA_FLAGS": " ".join(given), "PYTHONPATH": str(ROOT)},
+      timeout=300,
+    )
     if "Unknown flag" not in done.stderr:
       break
   assert done.returncode == 0, done.stderr
@@ -386,11 +471,24 @@ def results():
 
 
 @pytest.mark.parametrize(
-    "case", ["linear exits", "linear batch", "linear all", "linear uniform",
-             "linear random", "linear easy_early",
-             "linear exits jvp", "linear batch jvp", "linear all jvp",
-             "linear unroll", "linear first order",
-             "msdnet exits", "msdnet batch", "msdnet all"])
+  "case",
+  [
+    "linear exits",
+    "linear batch",
+    "linear all",
+    "linear uniform",
+    "linear random",
+    "linear easy_early",
+    "linear exits jvp",
+    "linear batch jvp",
+    "linear all jvp",
+    "linear unroll",
+    "linear first order",
+    "msdnet exits",
+    "msdnet batch",
+    "msdnet all",
+  ],
+)
 def test_devices_agree_with_one(results, case):
   assert results[case]
   for result in results[case]:
@@ -400,8 +498,9 @@ def test_devices_agree_with_one(results, case):
     assert result["moved"] > 1e-3  # there was something to agree about
 
 
-@pytest.mark.parametrize("bug", [
-    *BUGS, "v not averaged", "parts in order", "BatchNorm"])
+@pytest.mark.parametrize(
+  "bug", [*BUGS, "v not averaged", "parts in order", "BatchNorm"]
+)
 def test_a_missing_collective_is_seen(results, bug):
   assert results[bug]["state"] > 1e-9
 
@@ -439,10 +538,14 @@ def test_rows_are_split_in_order():
   assert parallel.split_rows(x, 1) is x
 
 
-@pytest.mark.parametrize("batch, num_devices, message", [
+@pytest.mark.parametrize(
+  "batch, num_devices, message",
+  [
     (129, 1, "multiple of 2, such as 128"),
     (1026, 4, "on 4 device.* multiple of 8, such as 1024"),
-    (2, 4, "multiple of 8, such as 8")])
+    (2, 4, "multiple of 8, such as 8"),
+  ],
+)
 def test_a_batch_that_does_not_split_is_refused(batch, num_devices, message):
   with pytest.raises(ValueError, match=message):
     parallel.check_batch(batch, num_devices)
@@ -450,8 +553,10 @@ def test_a_batch_that_does_not_split_is_refused(batch, num_devices, message):
 
 def test_parts_of_a_half_count():
   parallel.check_batch(48, 4, 3)
-  with pytest.raises(ValueError, match="halves of 3 parts each on 4 device.*"
-                     "multiple of 24, such as 48"):
+  with pytest.raises(
+    ValueError,
+    match="halves of 3 parts each on 4 device.*multiple of 24, such as 48",
+  ):
     parallel.check_batch(40, 4, 3)
 
 
@@ -473,7 +578,6 @@ if __name__ == "__main__":
   if sys.argv[1:] == ["grid"]:
     print_grid(GRID)
   elif sys.argv[1:] == ["some"]:
-    print_grid([("ranet", "exits", 2, 1), ("msdnet", "all", 1, 2)], ["jvp"],
-               [8])
+    print_grid([("ranet", "exits", 2, 1), ("msdnet", "all", 1, 2)], ["jvp"], [8])
   else:
     main()

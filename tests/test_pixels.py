@@ -1,4 +1,5 @@
 """Decoding, resizing and cropping of one image."""
+
 import io
 
 import numpy as np
@@ -15,20 +16,22 @@ def encoded(array, kind):
 
 
 def ramp(height, width):
-  return np.stack(np.broadcast_arrays(
-      np.arange(width), np.arange(height)[:, None], 7), -1).astype(np.uint8)
+  return np.stack(
+    np.broadcast_arrays(np.arange(width), np.arange(height)[:, None], 7), -1
+  ).astype(np.uint8)
 
 
 def test_decode_gives_the_channels_asked_for():
   color = ramp(5, 7)
   np.testing.assert_array_equal(
-      pixels.to_array(pixels.decode(encoded(color, "PNG"), 3)), color)
+    pixels.to_array(pixels.decode(encoded(color, "PNG"), 3)), color
+  )
   grey = color[..., 0]
-  assert pixels.to_array(pixels.decode(encoded(grey, "PNG"), 1)).shape == (
-      5, 7, 1)
+  assert pixels.to_array(pixels.decode(encoded(grey, "PNG"), 1)).shape == (5, 7, 1)
   np.testing.assert_array_equal(
-      pixels.to_array(pixels.decode(encoded(grey, "PNG"), 3)),
-      np.repeat(grey[..., None], 3, -1))
+    pixels.to_array(pixels.decode(encoded(grey, "PNG"), 3)),
+    np.repeat(grey[..., None], 3, -1),
+  )
   with pytest.raises(OSError):
     pixels.decode(encoded(ramp(64, 64), "PNG")[:-60], 3)
 
@@ -49,8 +52,9 @@ def test_shrinking_averages():
   board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None]
   shrunk = pixels.middle(board, 14)[1:-1, 1:-1].astype(int)
   assert np.abs(shrunk - 127.5).max() < 8
-  crops = [pixels.random_crop(board, 4, np.random.default_rng(seed))
-           for seed in range(20)]
+  crops = [
+    pixels.random_crop(board, 4, np.random.default_rng(seed)) for seed in range(20)
+  ]
   assert np.abs(np.stack(crops).astype(int) - 127.5).max() < 80
 
 
@@ -75,8 +79,9 @@ def test_random_boxes_are_inside_and_as_large_as_asked():
   assert np.abs(np.log(aspect[area < 0.5]).mean()) < 0.02
 
 
-@pytest.mark.parametrize("size, box", [
-    ((300, 10), (143, 0, 156, 10)), ((10, 300), (0, 143, 10, 156))])
+@pytest.mark.parametrize(
+  "size, box", [((300, 10), (143, 0, 156, 10)), ((10, 300), (0, 143, 10, 156))]
+)
 def test_where_no_draw_fits_the_middle_is_taken(size, box):
   # The smallest area is 240 pixels: 13 wide at most, so it needs 18 in height.
   assert pixels.random_box(*size, np.random.default_rng(0)) == box

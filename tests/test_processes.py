@@ -2,6 +2,7 @@
 
 This file is also the program that each of the processes runs.
 """
+
 import os
 import pathlib
 import signal
@@ -21,10 +22,11 @@ from l2w_jax.run import parallel
 from l2w_jax.training import loop as train
 
 CASES = {
-    "linear exits": ("linear", "exits", "resident"),
-    "linear batch": ("linear", "batch", "streaming"),
-    "linear all": ("linear", "all", "resident"),
-    "msdnet all": ("msdnet", "all", "streaming")}
+  "linear exits": ("linear", "exits", "resident"),
+  "linear batch": ("linear", "batch", "streaming"),
+  "linear all": ("linear", "all", "resident"),
+  "msdnet all": ("msdnet", "all", "streaming"),
+}
 
 
 def start_case(name):
@@ -32,11 +34,13 @@ def start_case(name):
   network, center_over, feed = CASES[name]
   config = one_process.make_config(center_over)
   config.data.feed = feed
-  backbone = (one_process.Linear() if network == "linear"
-              else one_process.make_msdnet())
+  backbone = (
+    one_process.Linear() if network == "linear" else one_process.make_msdnet()
+  )
   dataset = sources.load(config.data)
   dataset = dataset._replace(
-      train=dataset.train.keep(np.arange(one_process.NUM_TRAIN)))
+    train=dataset.train.keep(np.arange(one_process.NUM_TRAIN))
+  )
   return config, backbone, one_process.start(config, backbone), dataset
 
 
@@ -47,36 +51,48 @@ def outcome(name, num_devices):
   with jax.enable_x64(True):
     feed = feeds.make_feed(dataset, config, key, num_devices)
     run = train.make_block_fn(
-        backbone, config, order.steps_per_epoch(
-            one_process.NUM_TRAIN, one_process.BATCH),
-        num_devices, feed.make_batch_fn)
+      backbone,
+      config,
+      order.steps_per_epoch(one_process.NUM_TRAIN, one_process.BATCH),
+      num_devices,
+      feed.make_batch_fn,
+    )
     state = parallel.replicate(state, num_devices)
     for step in range(one_process.STEPS):
       state, block = run(
-          state, feed.data(step), *parallel.replicate(
-              (np.int32(1), jax.random.key_data(key)), num_devices))
+        state,
+        feed.data(step),
+        *parallel.replicate((np.int32(1), jax.random.key_data(key)), num_devices),
+      )
     feed.close()
-    return jax.device_get(jax.tree.leaves(
-        parallel.first((state, block), num_devices)))
+    return jax.device_get(
+      jax.tree.leaves(parallel.first((state, block), num_devices))
+    )
 
 
 def scores(num_devices):
   """Confidences on a split whose size no batch divides."""
   config, backbone, _, dataset = start_case("linear all")
   variables = parallel.replicate(backbone.init(jax.random.key(0)), num_devices)
-  score = scores.compile_scorer(
-      variables, backbone, dataset, config, num_devices)
+  score = scores.compile_scorer(variables, backbone, dataset, config, num_devices)
   return score(variables, dataset.test).confidence
 
 
 def main(coordinator, num_processes, process_id, folder, *cases):
   parallel.initialize(coordinator, int(num_processes), int(process_id))
   num_devices = parallel.count_devices(0)
-  arrays = {f"{name} {i}": leaf for name in cases
-            for i, leaf in enumerate(outcome(name, num_devices))}
+  arrays = {
+    f"{name} {i}": leaf
+    for name in cases
+    for i, leaf in enumerate(outcome(name, num_devices))
+  }
   assert parallel.from_writer({"process": int(process_id)}) == {"process": 0}
-  np.savez(pathlib.Path(folder) / f"{process_id}.npz", **arrays,
-           scores=scores(num_devices), devices=num_devices)
+  np.savez(
+    pathlib.Path(folder) / f"{process_id}.npz",
+    **arrays,
+    scores=scores(num_devices),
+    devices=num_devices,
+  )
 
 
 def launch(command, num_processes, devices=1):
@@ -84,24 +100,45 @@ def launch(command, num_processes, devices=1):
   with socket.socket() as server:
     server.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{server.getsockname()[1]}"
-  return [subprocess.Popen(
-      [sys.executable, *map(str, command(coordinator, i))], cwd=ROOT,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-      env=os.environ | {
-          "PYTHONPATH": str(ROOT),
-          "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_"
-                       f"device_count={devices}"})
-      for i in range(num_processes)]
+  return [
+    subprocess.Popen(
+      [sys.executable, *map(str, command(coordinator, i))],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=os.environ
+      | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_"
+        f"device_count={devices}",
+      },
+    )
+    for i in range(num_processes)
+  ]
 
 
-@pytest.mark.parametrize("num_processes, devices, cases", [
+@pytest.mark.parametrize(
+  "num_processes, devices, cases",
+  [
     (2, 1, ["linear batch", "linear all"]),
     pytest.param(2, 2, list(CASES), marks=pytest.mark.slow),
-    pytest.param(4, 1, list(CASES), marks=pytest.mark.slow)])
+    pytest.param(4, 1, list(CASES), marks=pytest.mark.slow),
+  ],
+)
 def test_processes_agree_with_one(num_processes, devices, cases, tmp_path):
-  processes = launch(lambda coordinator, i: (
-      __file__, coordinator, num_processes, i, tmp_path, *cases),
-      num_processes, devices)
+  processes = launch(
+    lambda coordinator, i: (
+      __file__,
+      coordinator,
+      num_processes,
+      i,
+      tmp_path,
+      *cases,
+    ),
+    num_processes,
+    devices,
+  )
   for process in processes:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -121,9 +158,17 @@ def test_one_that_dies_stops_the_others_and_the_run_resumes(tmp_path):
   workdir = tmp_path / "run"
 
   def command(coordinator, i):
-    return ["-m", "l2w_jax.main", *tiny_flags(), "--config.method=uniform",
-            "--config.epochs=4", f"--workdir={workdir}", "--num_processes=2",
-            f"--coordinator={coordinator}", f"--process_id={i}"]
+    return [
+      "-m",
+      "l2w_jax.main",
+      *tiny_flags(),
+      "--config.method=uniform",
+      "--config.epochs=4",
+      f"--workdir={workdir}",
+      "--num_processes=2",
+      f"--coordinator={coordinator}",
+      f"--process_id={i}",
+    ]
 
   processes = launch(command, 2)
   deadline = time.monotonic() + 200
@@ -147,9 +192,13 @@ def test_one_that_dies_stops_the_others_and_the_run_resumes(tmp_path):
   assert (workdir / "results.json").exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     (("localhost:1", 2, None), "belong together"),
-    (("localhost:1", 2, 2), "below --num_processes=2")])
+    (("localhost:1", 2, 2), "below --num_processes=2"),
+  ],
+)
 def test_flags_that_do_not_fit(arguments, message):
   with pytest.raises(ValueError, match=message):
     parallel.initialize(*arguments)

@@ -1,4 +1,5 @@
 """The README's worked examples run as they are printed there."""
+
 import re
 import sys
 import types
@@ -38,8 +39,15 @@ def plain(monkeypatch):
   monkeypatch.setattr(models, "BACKBONES", scope["BACKBONES"])
   for name, value in eval("{" + keys + "}", vars(config_lib)).items():
     monkeypatch.setitem(config_lib.MODEL_KEYS, name, value)
-  monkeypatch.setattr(config_lib, "_NAME", {"name": config_lib._choice(
-      "msdnet", tuple(config_lib.MODEL_KEYS), "kind of backbone")})
+  monkeypatch.setattr(
+    config_lib,
+    "_NAME",
+    {
+      "name": config_lib._choice(
+        "msdnet", tuple(config_lib.MODEL_KEYS), "kind of backbone"
+      )
+    },
+  )
   for name, value in eval("{" + small + "}").items():
     monkeypatch.setitem(test_models.SMALL, name, value)
   return module.Plain
@@ -47,13 +55,18 @@ def plain(monkeypatch):
 
 def test_the_backbone_passes_what_every_backbone_passes(plain):
   backbone = test_models.build("plain")
-  network = (backbone, backbone.init(jax.random.key(0)),
-             jax.random.normal(jax.random.key(1), (8, 32, 32, 3)))
+  network = (
+    backbone,
+    backbone.init(jax.random.key(0)),
+    jax.random.normal(jax.random.key(1), (8, 32, 32, 3)),
+  )
   test_models.test_stages_give_what_apply_gives(network)
   test_models.test_exits_depend_on_nothing_behind_them_and_params_are_counted(
-      network)
+    network
+  )
   test_models.test_training_updates_statistics_and_evaluation_does_not_need_to(
-      network)
+    network
+  )
   with pytest.raises(ValueError, match="too small for 3 exits"):
     test_models.build("plain", image=(7, 8, 1))
 
@@ -63,9 +76,11 @@ def test_the_backbone_needs_no_table_to_be_trained(plain):
   config = config_lib.load_config(str(ROOT / "configs/digits.py"))
   step = train_step.make_train_step(backbone, config, steps_per_epoch=8)
   state = jax.eval_shape(
-      lambda key: l2w_jax.init_state(key, backbone, config), jax.random.key(0))
-  _, metrics = jax.eval_shape(step, state, {
-      "image": jnp.zeros((8, 8, 8, 1)), "label": jnp.zeros(8, int)})
+    lambda key: l2w_jax.init_state(key, backbone, config), jax.random.key(0)
+  )
+  _, metrics = jax.eval_shape(
+    step, state, {"image": jnp.zeros((8, 8, 8, 1)), "label": jnp.zeros(8, int)}
+  )
   assert metrics["weights"].shape == (2, 4, 3)
 
 
@@ -76,7 +91,8 @@ def test_the_weighting_rule_is_what_it_says():
   # p = 1, ½, ½ and ¼: (1 - p)² is 0, ¼, ¼ and 9/16.
   losses = -jnp.log(jnp.array([[1.0, 0.5], [0.5, 0.25]]))
   np.testing.assert_allclose(
-      scope["focal"](losses), np.array([[0, 4], [4, 9]]) / 4.25, rtol=1e-6)
+    scope["focal"](losses), np.array([[0, 4], [4, 9]]) / 4.25, rtol=1e-6
+  )
   gradient = jax.grad(lambda losses: scope["focal"](losses).sum())(losses)
   np.testing.assert_array_equal(gradient, 0)
 

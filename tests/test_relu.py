@@ -1,4 +1,5 @@
 """ReLU against jax.nn's: the same in every derivative, and what it remembers."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +18,12 @@ def losses(relu, x):
 def pulled(relu, w):
   """What the step does: differentiates a pull, which is linear, in its input."""
   _, pull = jax.vjp(lambda x: losses(relu, x), X)
-  return (pull(w)[0]**2).sum()
+  return (pull(w)[0] ** 2).sum()
 
 
-@pytest.mark.parametrize("result", [
+@pytest.mark.parametrize(
+  "result",
+  [
     lambda relu: relu(X),
     lambda relu: jax.vmap(jax.grad(relu))(X),
     lambda relu: jax.grad(lambda x: losses(relu, x).sum())(X),
@@ -28,10 +31,10 @@ def pulled(relu, w):
     lambda relu: jax.grad(lambda w: pulled(relu, w))(W),
     lambda relu: jax.hessian(lambda x: losses(relu, x).sum())(X),
     lambda relu: jax.jacrev(lambda x: losses(relu, x))(X),
-])
+  ],
+)
 def test_every_derivative_is_that_of_jax(result):
-  jax.tree.map(
-      np.testing.assert_array_equal, result(relu), result(jax.nn.relu))
+  jax.tree.map(np.testing.assert_array_equal, result(relu), result(jax.nn.relu))
 
 
 def test_a_derivative_remembers_the_output_and_no_mask():

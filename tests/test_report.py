@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from l2w_jax.results.report import (
-  draw_curves,
-  draw_samples,
-  write_report,
-)
+from l2w_jax.results.report import draw_curves, draw_samples, write_report
 from l2w_jax.run import directory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,24 +29,42 @@ def make_results(num_exits: int, method: str = "l2w", qs=QS) -> dict:
     thresholds = [0.99 - 0.05 * k for k in range(num_exits - 1)] + ["-inf"]
     if num_exits > 2:
       thresholds[1] = None
-    budgeted.append({
-      "q": q, "thresholds": thresholds, "calibration_accuracy": 0.9712,
-      "accuracy": float(shares @ accuracy) + 0.004 * q,
-      "macs": float(shares @ macs), "exits": shares.tolist()})
+    budgeted.append(
+      {
+        "q": q,
+        "thresholds": thresholds,
+        "calibration_accuracy": 0.9712,
+        "accuracy": float(shares @ accuracy) + 0.004 * q,
+        "macs": float(shares @ macs),
+        "exits": shares.tolist(),
+      }
+    )
   return {
-    "method": method, "dataset": "digits", "num_classes": 10,
+    "method": method,
+    "dataset": "digits",
+    "num_classes": 10,
     "image_shape": [8, 8, 1],
     "samples": {"train": 1077, "calibration": 360, "test": 360},
-    "params": 54321 + num_exits, "macs": macs,
+    "params": 54321 + num_exits,
+    "macs": macs,
     "params_to_exit": [10000 * (k + 1) for k in range(num_exits)],
     "seconds": {"train": 100.25, "compile": 41.5, "evaluate": 3.25},
-    "step": 480, "epochs": 60,
+    "step": 480,
+    "epochs": 60,
     "device": {"platform": "cpu", "kind": "cpu", "count": 1},
     "versions": {"jax": "0.10.2", "python": "3.11.9"},
     "anytime": [
-      {"exit": k + 1, "macs": macs[k], "accuracy": accuracy[k],
-       "calibration_accuracy": 0.9644} for k in range(num_exits)],
-    "budgeted": budgeted, "complete": True}
+      {
+        "exit": k + 1,
+        "macs": macs[k],
+        "accuracy": accuracy[k],
+        "calibration_accuracy": 0.9644,
+      }
+      for k in range(num_exits)
+    ],
+    "budgeted": budgeted,
+    "complete": True,
+  }
 
 
 def make_metrics(num_exits: int, method: str = "l2w") -> list[dict]:
@@ -60,26 +74,49 @@ def make_metrics(num_exits: int, method: str = "l2w") -> list[dict]:
   for step in range(8, 481, 8):
     epoch = step // 8
     loss = num_exits * (2.2 * np.exp(-epoch / 9) + 0.05)
-    line = {"kind": "train", "step": step, "epoch": epoch, "lr": 0.1,
-            "train_loss": loss, "images_per_second": 900.0, "seconds": 1.0}
+    line = {
+      "kind": "train",
+      "step": step,
+      "epoch": epoch,
+      "lr": 0.1,
+      "train_loss": loss,
+      "images_per_second": 900.0,
+      "seconds": 1.0,
+    }
     if method == "l2w":
       line["meta_loss"] = 0.6 * loss + 0.1
     lines.append(line)
     if epoch % 5 == 0:
-      lines.append({
-        "kind": "evaluate", "step": step, "epoch": epoch,
-        "split": "calibration",
-        "accuracy": [0.97 - 0.8 * np.exp(-epoch / 9) - 0.02 * 0.5**k
-                     for k in range(num_exits)]})
+      lines.append(
+        {
+          "kind": "evaluate",
+          "step": step,
+          "epoch": epoch,
+          "split": "calibration",
+          "accuracy": [
+            0.97 - 0.8 * np.exp(-epoch / 9) - 0.02 * 0.5**k
+            for k in range(num_exits)
+          ],
+        }
+      )
       if method == "l2w":
         mean = [
-          (1 + 0.01 * epoch
-           * np.tanh((k - num_exits / 2) * (0.5 - losses) / 4)).tolist()
-          for k in range(num_exits)]
+          (
+            1 + 0.01 * epoch * np.tanh((k - num_exits / 2) * (0.5 - losses) / 4)
+          ).tolist()
+          for k in range(num_exits)
+        ]
         mean[0][-1] = None
-        lines.append({"kind": "weights", "step": step, "epoch": epoch,
-                      "loss_bins": edges.tolist(), "mean_weight": mean,
-                      "count": [[5] * 8] * num_exits})
+        lines.append(
+          {
+            "kind": "weights",
+            "step": step,
+            "epoch": epoch,
+            "loss_bins": edges.tolist(),
+            "mean_weight": mean,
+            "count": [[5] * 8] * num_exits,
+          }
+        )
   return lines
 
 
@@ -87,23 +124,30 @@ def make_samples(num_exits: int) -> dict[str, np.ndarray]:
   digits = np.load(ROOT / "l2w_jax/data/digits.npz")
   labels = digits["test_labels"][:60]
   return {
-    "images": digits["test_images"][:60], "labels": labels,
+    "images": digits["test_images"][:60],
+    "labels": labels,
     "predictions": np.where(np.arange(60) % 7 == 6, (labels + 1) % 10, labels),
     "exits": np.where(np.arange(60) % 3 == 0, num_exits - 1, 0),
-    "confidence": np.linspace(0.5, 1, 60), "q": np.array(0.75),
-    "class_names": digits["class_names"]}
+    "confidence": np.linspace(0.5, 1, 60),
+    "q": np.array(0.75),
+    "class_names": digits["class_names"],
+  }
 
 
-def make_workdir(workdir: pathlib.Path, num_exits: int, method: str = "l2w",
-                 qs=QS) -> pathlib.Path:
+def make_workdir(
+  workdir: pathlib.Path, num_exits: int, method: str = "l2w", qs=QS
+) -> pathlib.Path:
   workdir.mkdir(exist_ok=True)
   (workdir / "config.json").write_text(
-    json.dumps({"seed": 0, "model": {"name": "msd<net>", "growth": 6}}))
+    json.dumps({"seed": 0, "model": {"name": "msd<net>", "growth": 6}})
+  )
   metrics = make_metrics(num_exits, method)
   (workdir / "metrics.jsonl").write_text(
-    "".join(json.dumps(line) + "\n" for line in metrics))
+    "".join(json.dumps(line) + "\n" for line in metrics)
+  )
   (workdir / "results.json").write_text(
-    json.dumps(make_results(num_exits, method, qs)))
+    json.dumps(make_results(num_exits, method, qs))
+  )
   np.savez(workdir / "samples.npz", **make_samples(num_exits))
   return workdir
 
@@ -143,7 +187,10 @@ def test_the_page_names_the_split_that_thresholds_come_from(page, tmp_path):
 
 def test_every_picture_is_drawn_and_on_the_page(page):
   assert {path.name for path in page.parent.iterdir()} == {
-    "index.html", "weights.png", *PICTURES}
+    "index.html",
+    "weights.png",
+    *PICTURES,
+  }
   html = page.read_text()
   for name in {"weights.png", *PICTURES}:
     assert_picture(page.parent / name)
@@ -178,8 +225,7 @@ def test_uniform_run_has_no_weights_and_says_why(tmp_path):
   (tmp_path / "report").mkdir()
   (tmp_path / "report" / "weights.png").write_bytes(b"of an earlier run")
   page = write_report(make_workdir(tmp_path, 3, "uniform"))
-  assert {path.name for path in page.parent.iterdir()} == {
-    "index.html", *PICTURES}
+  assert {path.name for path in page.parent.iterdir()} == {"index.html", *PICTURES}
   html = page.read_text()
   assert "weights.png" not in html
   assert "Method uniform weighs every sample alike" in html
@@ -188,7 +234,8 @@ def test_uniform_run_has_no_weights_and_says_why(tmp_path):
 def test_an_unfinished_and_diverged_run_is_shown_as_such(tmp_path):
   workdir = make_workdir(tmp_path, 3)
   (workdir / "metrics.jsonl").write_text(
-    '{"kind": "train", "step": 7, "epoch": 0.5}\n')
+    '{"kind": "train", "step": 7, "epoch": 0.5}\n'
+  )
   results = make_results(3) | {"complete": False, "step": 7}
   (workdir / "results.json").write_text(json.dumps(results))
   html = write_report(workdir).read_text()
@@ -216,33 +263,41 @@ def test_sample_pictures_name_label_and_wrong_prediction(tmp_path):
     label = samples["labels"][i]
     expected = f"{label} → {(label + 1) % 10}" if i % 7 == 6 else f"{label}"
     assert axes.get_title() == expected
-    np.testing.assert_array_equal(
-      axes.images[0].get_array(), samples["images"][i])
+    np.testing.assert_array_equal(axes.images[0].get_array(), samples["images"][i])
   figure.savefig(tmp_path / "samples.png")
   assert_picture(tmp_path / "samples.png")
 
 
 def test_a_step_repeated_after_a_resume_counts_once():
-  lines = [{"kind": "train", "step": step, "epoch": 1, "train_loss": loss}
-           for step, loss in [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)]]
+  lines = [
+    {"kind": "train", "step": step, "epoch": 1, "train_loss": loss}
+    for step, loss in [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)]
+  ]
   data = "\n".join(json.dumps(line) for line in lines).encode()
   train = directory._parse_metrics(data)["train"]
   assert [(line["step"], line["train_loss"]) for line in train] == [
-    (1, 3.0), (2, 2.5), (3, 1.0)]
+    (1, 3.0),
+    (2, 2.5),
+    (3, 1.0),
+  ]
 
 
-@pytest.mark.parametrize(("name", "mode"), [
-  ("config.json", "train"), ("metrics.jsonl", "train"),
-  ("results.json", "evaluate"), ("samples.npz", "evaluate")])
-def test_missing_or_broken_file_is_named_with_what_to_run(
-    tmp_path, name, mode):
+@pytest.mark.parametrize(
+  ("name", "mode"),
+  [
+    ("config.json", "train"),
+    ("metrics.jsonl", "train"),
+    ("results.json", "evaluate"),
+    ("samples.npz", "evaluate"),
+  ],
+)
+def test_missing_or_broken_file_is_named_with_what_to_run(tmp_path, name, mode):
   path = make_workdir(tmp_path, 3) / name
   path.write_bytes(path.read_bytes()[:-40])
   with pytest.raises(ValueError, match=f"cannot use .*{name}.*--mode={mode}"):
     write_report(tmp_path)
   path.unlink()
-  with pytest.raises(
-      ValueError, match=f"{name} is missing.*--mode={mode}"):
+  with pytest.raises(ValueError, match=f"{name} is missing.*--mode={mode}"):
     write_report(tmp_path)
   assert not (tmp_path / "report").exists()
 
@@ -259,9 +314,15 @@ def spoil(results: dict, change: str) -> None:
       results["budgeted"][3]["exits"].pop()
 
 
-@pytest.mark.parametrize("change", [
-  "it lacks 'anytime'", "its 'samples' lacks 'test'",
-  "an entry of its 'budgeted' lacks 'macs'", "not all of its 3 exits"])
+@pytest.mark.parametrize(
+  "change",
+  [
+    "it lacks 'anytime'",
+    "its 'samples' lacks 'test'",
+    "an entry of its 'budgeted' lacks 'macs'",
+    "not all of its 3 exits",
+  ],
+)
 def test_incomplete_results_are_refused(tmp_path, change):
   results = make_results(3)
   spoil(results, change)
@@ -275,7 +336,8 @@ def test_a_broken_metrics_line_is_named(tmp_path):
   with (make_workdir(tmp_path, 3) / "metrics.jsonl").open("a") as file:
     file.write('{"kind": "evaluate", "step": 481, "epoch": 61}\n')
   with pytest.raises(
-      ValueError, match=r"line \d+ is not a metric .*lacks 'accuracy'"):
+    ValueError, match=r"line \d+ is not a metric .*lacks 'accuracy'"
+  ):
     write_report(tmp_path)
 
 
@@ -288,8 +350,10 @@ def test_samples_of_different_length_are_refused(tmp_path):
 
 
 def test_import_leaves_matplotlib_out():
-  code = ("import sys, l2w_jax.results.report; "
-          "assert not {'matplotlib', 'tensorflow'} & set(sys.modules)")
+  code = (
+    "import sys, l2w_jax.results.report; "
+    "assert not {'matplotlib', 'tensorflow'} & set(sys.modules)"
+  )
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -313,23 +377,49 @@ def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path):
   workdir = make_workdir(tmp_path, 3)
   results = make_results(3)
   results |= {
-    "confidence": "margin", "dominating": results["budgeted"],
+    "confidence": "margin",
+    "dominating": results["budgeted"],
     "chosen": {
-      "target": "macs:9e5", "calibration_accuracy": 0.97, "accuracy": 0.9612,
-      "calibration_macs": 8.8e5, "macs": 8.9e5, "exits": [0.5, 0.5, 0.0],
-      "exit_accuracy": [0.98, 0.9424, None], "classes": [
+      "target": "macs:9e5",
+      "calibration_accuracy": 0.97,
+      "accuracy": 0.9612,
+      "calibration_macs": 8.8e5,
+      "macs": 8.9e5,
+      "exits": [0.5, 0.5, 0.0],
+      "exit_accuracy": [0.98, 0.9424, None],
+      "classes": [
         {"class": "<cat>", "accuracy": 0.9, "macs": 9e5, "left": [5, 5, 0]},
-        {"class": "none", "accuracy": None, "macs": None, "left": [0, 0, 0]}]},
+        {"class": "none", "accuracy": None, "macs": None, "left": [0, 0, 0]},
+      ],
+    },
     "temperatures": [
       {"exit": k, "temperature": 1.5, "ece": 0.05, "ece_scaled": 0.0123}
-      for k in (1, 2, 3)]}
+      for k in (1, 2, 3)
+    ],
+  }
   (workdir / "results.json").write_text(json.dumps(results))
-  row = {"kind": "early", "point": "q = 1", "decides": "device", "batch": 1,
-         "calls": 9, "macs": 8e5, "p50_ms": 1.25, "p95_ms": 2.5,
-         "images_per_second": 777.0, "speedup": 1.75, "speedup_by_macs": 2.0}
-  (workdir / "latency.json").write_text(json.dumps({
-    "step": 480, "device": {"platform": "cpu", "kind": "cpu"},
-    "rows": [row, row | {"kind": "full", "batch": 64}]}))
+  row = {
+    "kind": "early",
+    "point": "q = 1",
+    "decides": "device",
+    "batch": 1,
+    "calls": 9,
+    "macs": 8e5,
+    "p50_ms": 1.25,
+    "p95_ms": 2.5,
+    "images_per_second": 777.0,
+    "speedup": 1.75,
+    "speedup_by_macs": 2.0,
+  }
+  (workdir / "latency.json").write_text(
+    json.dumps(
+      {
+        "step": 480,
+        "device": {"platform": "cpu", "kind": "cpu"},
+        "rows": [row, row | {"kind": "full", "batch": 64}],
+      }
+    )
+  )
   page = write_report(workdir)
   html = page.read_text()
   assert "Early exits at macs:9e5" in html and "&lt;cat&gt;" in html

@@ -1,4 +1,5 @@
 """The page on scaling: its launch lines parse, its counts count."""
+
 import json
 import pathlib
 import re
@@ -43,19 +44,25 @@ def launch_lines() -> list[list[str]]:
   lines = []
   for line in "".join(blocks).splitlines():
     words = shlex.split(line)
-    inner = [w.removeprefix("--command=") for w in words
-             if w.startswith("--command=")]
+    inner = [
+      w.removeprefix("--command=") for w in words if w.startswith("--command=")
+    ]
     words = shlex.split(inner[0]) if inner else words
     if "l2w_jax.main" in words:
-      lines.append(words[words.index("l2w_jax.main") + 1:])
+      lines.append(words[words.index("l2w_jax.main") + 1 :])
   return lines
 
 
 def test_every_launch_line_is_understood():
   lines = launch_lines()
   done = subprocess.run(
-      [sys.executable, "-c", PARSE], input=json.dumps(lines), cwd=ROOT,
-      capture_output=True, text=True, timeout=120)
+    [sys.executable, "-c", PARSE],
+    input=json.dumps(lines),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert done.returncode == 0, done.stderr
   parsed = [json.loads(line) for line in done.stdout.splitlines()]
   assert len(parsed) == len(lines) >= 7
@@ -78,8 +85,9 @@ def test_collectives_are_counted_and_the_longest_chain_of_them():
   traced = jax.make_jaxpr(body, axis_env=[("d", 4)])(jnp.ones(3))
   assert scaling.chain(traced.jaxpr) == (4, 2)
   hidden = jax.make_jaxpr(
-      lambda x: jax.lax.fori_loop(0, 3, lambda _, y: twice(y)[0], x),
-      axis_env=[("d", 4)])(jnp.ones(3))
+    lambda x: jax.lax.fori_loop(0, 3, lambda _, y: twice(y)[0], x),
+    axis_env=[("d", 4)],
+  )(jnp.ones(3))
   with pytest.raises(ValueError, match="inside scan cannot be counted"):
     scaling.chain(hidden.jaxpr)
 
@@ -93,8 +101,9 @@ def test_bytes_are_those_of_all_results():
 
 
 def test_more_devices_wait_longer():
-  rows = scaling.predict({"flops_per_device": 1e12, "devices": 8, "bytes": 1e8,
-                          "compiled": 100})
+  rows = scaling.predict(
+    {"flops_per_device": 1e12, "devices": 8, "bytes": 1e8, "compiled": 100}
+  )
   assert len(rows) == 3 * len(scaling.LINKS)
   h100 = [row for row in rows if row["machine"].startswith("H100")]
   # 50 ms of computing, 1.75e8 bytes at 450 GB/s, and 100 times 15 µs.
@@ -108,12 +117,27 @@ def test_more_devices_wait_longer():
 @pytest.mark.slow
 def test_a_digits_step_is_counted():
   done = subprocess.run(
-      [sys.executable, "experiments/scaling.py", "count", "configs/digits.py",
-       "--devices", "2", "--set", "model.num_exits=2", "--set",
-       "model.growth_factors=(1,)", "--set", "model.bottleneck_factors=(1,)"],
-      cwd=ROOT, capture_output=True, text=True, timeout=300)
+    [
+      sys.executable,
+      "experiments/scaling.py",
+      "count",
+      "configs/digits.py",
+      "--devices",
+      "2",
+      "--set",
+      "model.num_exits=2",
+      "--set",
+      "model.growth_factors=(1,)",
+      "--set",
+      "model.bottleneck_factors=(1,)",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert done.returncode == 0, done.stderr
-  facts = json.loads(done.stdout[:done.stdout.rindex("}") + 1])
+  facts = json.loads(done.stdout[: done.stdout.rindex("}") + 1])
   assert facts["written"] > facts["compiled"] >= facts["chain"] > 0
   # Pseudo gradient, ∇ L_meta and real gradient, and a little beside them.
   assert 12 * facts["parameters"] < facts["bytes"] < 15 * facts["parameters"]

@@ -1,4 +1,5 @@
 """Image sets from .npz files, and the calibration split held out of them."""
+
 import numpy as np
 import pytest
 
@@ -8,8 +9,7 @@ from l2w_jax.data import sources
 
 def data_config(source, calibration=12, **changes):
   config = config_lib.defaults()
-  config.data.update(
-      {"source": str(source), "calibration": calibration} | changes)
+  config.data.update({"source": str(source), "calibration": calibration} | changes)
   if not calibration:
     config.evaluate.calibration = "released"
   return config_lib.validate(config).data
@@ -18,15 +18,17 @@ def data_config(source, calibration=12, **changes):
 def arrays(num_train=60, num_test=15, classes=3):
   rng = np.random.default_rng(0)
   return {
-      "train_images": rng.integers(0, 256, (num_train, 4, 5, 3), np.uint8),
-      "train_labels": np.arange(num_train) % classes,
-      "test_images": rng.integers(0, 256, (num_test, 4, 5, 3), np.uint8),
-      "test_labels": np.arange(num_test) % classes}
+    "train_images": rng.integers(0, 256, (num_train, 4, 5, 3), np.uint8),
+    "train_labels": np.arange(num_train) % classes,
+    "test_images": rng.integers(0, 256, (num_test, 4, 5, 3), np.uint8),
+    "test_labels": np.arange(num_test) % classes,
+  }
 
 
 def save(path, **changes):
-  np.savez(path, **{name: x for name, x in (arrays() | changes).items()
-                    if x is not None})
+  np.savez(
+    path, **{name: x for name, x in (arrays() | changes).items() if x is not None}
+  )
   return f"npz:{path}"
 
 
@@ -34,27 +36,31 @@ def test_npz_holds_calibration_out_of_train(tmp_path):
   dataset = sources.load(data_config(save(tmp_path / "x.npz")))
   whole = arrays()
   assert dataset.num_classes == 3 and dataset.image_shape == (4, 5, 3)
-  assert [len(s.labels) for s in (
-      dataset.train, dataset.calibration, dataset.test)] == [48, 12, 15]
-  np.testing.assert_array_equal(
-      np.bincount(dataset.calibration.labels), [4, 4, 4])
+  assert [
+    len(s.labels) for s in (dataset.train, dataset.calibration, dataset.test)
+  ] == [48, 12, 15]
+  np.testing.assert_array_equal(np.bincount(dataset.calibration.labels), [4, 4, 4])
   both = np.concatenate([dataset.train.images, dataset.calibration.images])
-  assert {x.tobytes() for x in both} == {
-      x.tobytes() for x in whole["train_images"]}
+  assert {x.tobytes() for x in both} == {x.tobytes() for x in whole["train_images"]}
   np.testing.assert_allclose(
-      dataset.mean, dataset.train.images.mean((0, 1, 2)), rtol=1e-12)
+    dataset.mean, dataset.train.images.mean((0, 1, 2)), rtol=1e-12
+  )
   np.testing.assert_allclose(
-      dataset.std, dataset.train.images.std((0, 1, 2)), rtol=1e-12)
+    dataset.std, dataset.train.images.std((0, 1, 2)), rtol=1e-12
+  )
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     ({"test_labels": None}, "no array test_labels"),
     ({"train_images": np.zeros((60, 4, 5, 3))}, "must be uint8"),
     ({"test_images": np.zeros((15, 4, 5), np.uint8)}, "must be uint8"),
     ({"train_labels": np.arange(59)}, "must be 60 whole numbers"),
     ({"train_labels": np.arange(60) % 3 - 1}, "label -1 .* count from 0 to 2"),
     ({"class_names": np.array(["a", "b"])}, "label 2 .* count from 0 to 1"),
-])
+  ],
+)
 def test_broken_npz_is_one_clear_error(tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
     sources.load(data_config(save(tmp_path / "x.npz", **changes)))
@@ -91,12 +97,16 @@ def test_an_npz_that_cannot_be_read(tmp_path):
 def test_samples_are_in_the_order_of_their_pixels(tmp_path):
   whole = arrays()
   shuffled = np.random.default_rng(1).permutation(60)
-  ours, theirs = (sources.load(data_config(save(tmp_path / "x.npz", **changes)))
-                  for changes in ({}, {
-                      name: whole[name][shuffled]
-                      for name in ("train_images", "train_labels")}))
-  for a, b in zip(ours.train + ours.calibration,
-                  theirs.train + theirs.calibration, strict=True):
+  ours, theirs = (
+    sources.load(data_config(save(tmp_path / "x.npz", **changes)))
+    for changes in (
+      {},
+      {name: whole[name][shuffled] for name in ("train_images", "train_labels")},
+    )
+  )
+  for a, b in zip(
+    ours.train + ours.calibration, theirs.train + theirs.calibration, strict=True
+  ):
     np.testing.assert_array_equal(a, b)
 
 
@@ -104,12 +114,14 @@ def test_tail_and_noise_change_the_train_split_alone(tmp_path):
   source = save(tmp_path / "x.npz")
   plain = sources.load(data_config(source))
   changed, again, other = (
-      sources.load(data_config(source, imbalance=4, label_noise=0.25, seed=seed))
-      for seed in (0, 0, 1))
+    sources.load(data_config(source, imbalance=4, label_noise=0.25, seed=seed))
+    for seed in (0, 0, 1)
+  )
   # 16 images of each class are left to train on; 16 + 8 + 4 with factor 4.
   assert len(changed.train.labels) == 28
-  known = {image.tobytes(): label for image, label in zip(
-      *plain.train, strict=True)}
+  known = {
+    image.tobytes(): label for image, label in zip(*plain.train, strict=True)
+  }
   true = np.array([known[image.tobytes()] for image in changed.train.images])
   np.testing.assert_array_equal(np.bincount(true), [16, 8, 4])
   assert (true != changed.train.labels).sum() == 7
@@ -117,11 +129,14 @@ def test_tail_and_noise_change_the_train_split_alone(tmp_path):
     for a, b in zip(getattr(plain, name), getattr(changed, name), strict=True):
       np.testing.assert_array_equal(a, b)
   np.testing.assert_array_equal(changed.train.labels, again.train.labels)
-  noisy, other_noise = (sources.load(data_config(
-      "digits", label_noise=0.25, seed=seed)).train.labels for seed in (0, 1))
+  noisy, other_noise = (
+    sources.load(data_config("digits", label_noise=0.25, seed=seed)).train.labels
+    for seed in (0, 1)
+  )
   assert not np.array_equal(noisy, other_noise)
   assert {x.tobytes() for x in other.calibration.images} != {
-      x.tobytes() for x in changed.calibration.images}
+    x.tobytes() for x in changed.calibration.images
+  }
 
 
 def test_everything_can_be_trained_on(tmp_path):
@@ -158,7 +173,8 @@ def test_large_sets_give_statistics_of_every_s_th_image(tmp_path, monkeypatch):
   monkeypatch.setattr(sources, "LIMIT", 48 * 60 // 3)
   dataset = sources.load(config)
   np.testing.assert_allclose(
-      dataset.mean, dataset.train.images[::3].mean((0, 1, 2)), rtol=1e-12)
+    dataset.mean, dataset.train.images[::3].mean((0, 1, 2)), rtol=1e-12
+  )
 
 
 def test_train_and_test_images_of_two_sizes(tmp_path):

@@ -1,4 +1,5 @@
 """What is held out, left out or mislabelled: seeded, balanced, exact."""
+
 import numpy as np
 import pytest
 
@@ -20,10 +21,14 @@ def test_nothing_is_held_out_when_asked():
   assert not splits.hold_out(LABELS, 5, 0, 0).any()
 
 
-@pytest.mark.parametrize("count, classes, says", [
+@pytest.mark.parametrize(
+  "count, classes, says",
+  [
     (4, 5, "no image out of some of the 5 classes; set it to 5 or more"),
     (50, 5, "hold 10 of the 10 train images .* below 50"),
-    (12, 6, "hold 2 of the 0 train images of class 5")])
+    (12, 6, "hold 2 of the 0 train images of class 5"),
+  ],
+)
 def test_a_class_missing_from_calibration_is_refused(count, classes, says):
   with pytest.raises(ValueError, match=says):
     splits.hold_out(LABELS, classes, count, 0)

@@ -1,4 +1,5 @@
 """TFDS files and class folders: the same images however they are kept."""
+
 import importlib.util
 import json
 import shutil
@@ -16,7 +17,8 @@ CLASSES = 100  # what the genuine cifar100 builder insists on
 
 def script(name):
   spec = importlib.util.spec_from_file_location(
-      name, ROOT / "experiments" / f"{name}.py")
+    name, ROOT / "experiments" / f"{name}.py"
+  )
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
@@ -26,11 +28,12 @@ def script(name):
 def arrays():
   rng = np.random.default_rng(0)
   return {
-      "train_images": rng.integers(0, 256, (300, 32, 32, 3), np.uint8),
-      "train_labels": rng.permutation(np.arange(300) % CLASSES),
-      "test_images": rng.integers(0, 256, (110, 32, 32, 3), np.uint8),
-      "test_labels": np.arange(110) % CLASSES,
-      "class_names": np.array([f"class {i:02d}" for i in range(CLASSES)])}
+    "train_images": rng.integers(0, 256, (300, 32, 32, 3), np.uint8),
+    "train_labels": rng.permutation(np.arange(300) % CLASSES),
+    "test_images": rng.integers(0, 256, (110, 32, 32, 3), np.uint8),
+    "test_labels": np.arange(110) % CLASSES,
+    "class_names": np.array([f"class {i:02d}" for i in range(CLASSES)]),
+  }
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +45,28 @@ def kept(tmp_path_factory, arrays):
   np.savez(root / "x.npz", **arrays)
   write.write_folder(arrays, root / "folder", names)
   features = ("image", "label", "coarse_label", "id")
-  write.write_tfds("cifar100", root / "array_record", "array_record", {
-      split: write.examples(arrays, split, features)
-      for split in ("train", "test")}, names)
+  write.write_tfds(
+    "cifar100",
+    root / "array_record",
+    "array_record",
+    {split: write.examples(arrays, split, features) for split in ("train", "test")},
+    names,
+  )
   as_tfrecord(root / "array_record", root / "tfrecord")
-  return {"npz": (f"npz:{root}/x.npz", ""),
-          "folder": (f"folder:{root}/folder", ""),
-          **{kind: ("tfds:cifar100", str(root / kind))
-             for kind in ("array_record", "tfrecord")}}
+  return {
+    "npz": (f"npz:{root}/x.npz", ""),
+    "folder": (f"folder:{root}/folder", ""),
+    **{
+      kind: ("tfds:cifar100", str(root / kind))
+      for kind in ("array_record", "tfrecord")
+    },
+  }
 
 
 def as_tfrecord(path, out):
   """A prepared cifar100 in the other format, which TFDS writes with TF only."""
   from array_record.python import array_record_data_source
+
   shutil.copytree(path, out)
   (folder,) = (out / "cifar100").iterdir()
   for file in folder.glob("*array_record*"):
@@ -77,8 +89,9 @@ def cache(tmp_path, monkeypatch):
 
 def data_config(source, data_dir="", **changes):
   config = config_lib.defaults()
-  config.data.update({"source": source, "data_dir": data_dir, "calibration": 100}
-                     | changes)
+  config.data.update(
+    {"source": source, "data_dir": data_dir, "calibration": 100} | changes
+  )
   return config_lib.validate(config).data
 
 
@@ -96,11 +109,16 @@ def same(ours, theirs):
 @pytest.mark.parametrize("kind", ["npz", "folder", "array_record", "tfrecord"])
 def test_every_source_and_feed_gives_the_same_set(kept, arrays, kind, feed):
   reference = sources.load(data_config(*kept["npz"]))
-  assert {image.tobytes(): label for split in (
-      reference.train, reference.calibration)
-          for image, label in zip(*split, strict=True)} == {
-      image.tobytes(): label for image, label in zip(
-          arrays["train_images"], arrays["train_labels"], strict=True)}
+  assert {
+    image.tobytes(): label
+    for split in (reference.train, reference.calibration)
+    for image, label in zip(*split, strict=True)
+  } == {
+    image.tobytes(): label
+    for image, label in zip(
+      arrays["train_images"], arrays["train_labels"], strict=True
+    )
+  }
   dataset = sources.load(data_config(*kept[kind], feed=feed))
   lazy = isinstance(dataset.train.images, sources.LazyImages)
   assert lazy == (feed == "streaming")
@@ -131,8 +149,9 @@ def test_streaming_without_grain_says_what_to_install(kept, monkeypatch):
 
 
 def test_a_set_that_streams_is_read_through_once(kept, cache, monkeypatch):
-  config = data_config(*kept["tfrecord"], feed="streaming", mean=(1.,) * 3,
-                       std=(1.,) * 3)
+  config = data_config(
+    *kept["tfrecord"], feed="streaming", mean=(1.0,) * 3, std=(1.0,) * 3
+  )
   before = sources.load(config)
   assert len(list(cache.glob("index-*.npz"))) == 2
   assert len(list(cache.glob("frames-*.npz"))) == 2
@@ -164,19 +183,24 @@ def test_corrupt_images_are_named_and_counted(broken, feed, caplog):
   for path in paths[:2]:
     assert path in str(error.value)
   assert "corrupt=skip" in str(error.value) and "\n" not in str(error.value)
-  dataset = sources.load(
-      data_config(f"folder:{root}", feed=feed, corrupt="skip"))
-  assert [len(split.labels) for split in (
-      dataset.train, dataset.calibration, dataset.test)] == [198, 100, 109]
+  dataset = sources.load(data_config(f"folder:{root}", feed=feed, corrupt="skip"))
+  assert [
+    len(split.labels)
+    for split in (dataset.train, dataset.calibration, dataset.test)
+  ] == [198, 100, 109]
   same(dataset, sources.load(data_config(f"folder:{root}", corrupt="skip")))
-  said = [record.getMessage() for record in caplog.records
-          if record.levelname == "WARNING"]
+  said = [
+    record.getMessage()
+    for record in caplog.records
+    if record.levelname == "WARNING"
+  ]
   assert len(said) == 4  # the reference skips, too
   assert "1 of 110 images" in said[1] and paths[2] in said[1]
   # Repaired files are seen, whatever is remembered.
   for path in paths:
-    shutil.copy(root / "train/class 01" / next(
-        (root / "train/class 01").iterdir()).name, path)
+    shutil.copy(
+      root / "train/class 01" / next((root / "train/class 01").iterdir()).name, path
+    )
   repaired = sources.load(data_config(f"folder:{root}", feed=feed))
   assert len(repaired.train.labels) == 200
 
@@ -186,7 +210,7 @@ def test_a_corrupt_record_is_named_by_file_and_number(kept, tmp_path):
   (path,) = root.glob("*/*/*-train*")
   offset, length = tfds_files.tfrecord_frames(path)[7]
   contents = bytearray(path.read_bytes())
-  contents[offset:offset + length] = bytes(length)
+  contents[offset : offset + length] = bytes(length)
   path.write_bytes(contents)
   with pytest.raises(ValueError, match=f"1 of 300 .*{path} record 7 "):
     sources.load(data_config("tfds:cifar100", str(root)))
@@ -196,21 +220,29 @@ def test_records_are_counted_within_their_files():
   records = object.__new__(tfds_files.TfdsRecords)
   records.files, records._ends = ["a", "b"], np.cumsum([3, 2])
   assert [records.where(i) for i in range(5)] == [
-      "a record 0", "a record 1", "a record 2", "b record 0", "b record 1"]
+    "a record 0",
+    "a record 1",
+    "a record 2",
+    "b record 0",
+    "b record 1",
+  ]
 
 
 def test_images_of_several_sizes_need_a_size(kept, tmp_path):
   root = shutil.copytree(kept["folder"][0].partition(":")[2], tmp_path / "set")
   from PIL import Image
+
   path = root / "train/class 00/wide.JPEG"
   Image.new("L", (60, 40), 9).save(path)
   for feed in ("resident", "streaming"):
     with pytest.raises(
-        ValueError, match="differ in size: .*60×40 pixels in .*image_size"):
+      ValueError, match="differ in size: .*60×40 pixels in .*image_size"
+    ):
       sources.load(data_config(f"folder:{root}", feed=feed))
-  ours, theirs = (sources.load(data_config(
-      f"folder:{root}", feed=feed, image_size=16))
-      for feed in ("resident", "streaming"))
+  ours, theirs = (
+    sources.load(data_config(f"folder:{root}", feed=feed, image_size=16))
+    for feed in ("resident", "streaming")
+  )
   same(ours, theirs)
   assert ours.image_shape == (16, 16, 3) and len(ours.train.labels) == 201
 
@@ -243,10 +275,15 @@ def test_what_is_wrong_with_a_tfds_set(kept, tmp_path):
   says("no directory .*prepare cifar100", data_dir=tmp_path / "none")
   says("has no set 'cifar101'", name="cifar101")
   for kind, old, new, message in [
-      ("array_record", '"fileFormat": "array_record"', '"fileFormat": "parquet"',
-       "in the format parquet; only array_record and tfrecord"),
-      ("array_record", '"300"', '"301"', "hold 300 records, but .* says 301"),
-      ("tfrecord", '"300"', '"299"', "hold 300 records, but .* says 299")]:
+    (
+      "array_record",
+      '"fileFormat": "array_record"',
+      '"fileFormat": "parquet"',
+      "in the format parquet; only array_record and tfrecord",
+    ),
+    ("array_record", '"300"', '"301"', "hold 300 records, but .* says 301"),
+    ("tfrecord", '"300"', '"299"', "hold 300 records, but .* says 299"),
+  ]:
     root = shutil.copytree(kept[kind][1], tmp_path / f"{kind} {new}"[:20])
     (info,) = root.glob("*/*/dataset_info.json")
     assert old in info.read_text()
@@ -261,21 +298,23 @@ def test_what_is_wrong_with_a_tfds_set(kept, tmp_path):
 
 
 def test_preparing_is_left_to_the_builder_and_done_once(
-    kept, monkeypatch, tmp_path, capsys):
+  kept, monkeypatch, tmp_path, capsys
+):
   assert prepare.prepare("cifar100", kept["array_record"][1], "", "tfrecord") == (
-      str(next((tmp_path.__class__(kept["array_record"][1]) / "cifar100")
-               .iterdir())))
+    str(next((tmp_path.__class__(kept["array_record"][1]) / "cifar100").iterdir()))
+  )
   import tensorflow_datasets as tfds
+
   asked = []
 
   def offline(self, **kwargs):
     asked.append(kwargs["file_format"])
     raise ConnectionError("no network\nat all")
 
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
   monkeypatch.setattr(
-      tfds.core.DatasetBuilder, "download_and_prepare", offline)
-  monkeypatch.setattr("sys.argv", ["prepare", "cifar10", "--data_dir",
-                                   str(tmp_path / "new")])
+    "sys.argv", ["prepare", "cifar10", "--data_dir", str(tmp_path / "new")]
+  )
   with pytest.raises(SystemExit) as leave:
     prepare.main()
   assert leave.value.code == 2 and asked == ["array_record"]
@@ -289,6 +328,7 @@ def test_preparing_is_left_to_the_builder_and_done_once(
 
 def test_reading_needs_no_tensorflow(kept):
   import sys
+
   sources.load(data_config(*kept["tfrecord"]))
   assert "tensorflow" not in sys.modules
 
@@ -309,6 +349,7 @@ def test_grey_files_have_one_channel_where_the_set_says_so():
       import io
 
       from PIL import Image
+
       file = io.BytesIO()
       Image.new("L", (4, 4), 50 * i).save(file, "PNG")
       return file.getvalue(), i

@@ -1,4 +1,5 @@
 """The streaming feed: the batches of the resident one, wherever it starts."""
+
 import json
 import os
 import subprocess
@@ -20,10 +21,18 @@ BATCH, STEPS = 64, 4  # of 1,077 digits cut down to 270: 14 are left out
 
 
 def make_config(feed="streaming", **changes):
-  config = config_lib.load_config(str(ROOT / "configs/digits.py"), {
-      "batch": BATCH, "epochs": 3, "data.feed": feed,
-      "data.augment": "shift_flip", "data.mean": (8.,), "data.std": (6.,)}
-      | changes)
+  config = config_lib.load_config(
+    str(ROOT / "configs/digits.py"),
+    {
+      "batch": BATCH,
+      "epochs": 3,
+      "data.feed": feed,
+      "data.augment": "shift_flip",
+      "data.mean": (8.0,),
+      "data.std": (6.0,),
+    }
+    | changes,
+  )
   return config
 
 
@@ -37,8 +46,12 @@ def make_feed(config, num_devices=1, host=None, num_hosts=1):
   if host is None:
     return feeds.make_feed(dataset, config, key, num_devices)
   return streaming.StreamingFeed(
-      dataset, config, key, num_devices,
-      parallel.rows_of_host(BATCH, num_hosts, host, num_hosts))
+    dataset,
+    config,
+    key,
+    num_devices,
+    parallel.rows_of_host(BATCH, num_hosts, host, num_hosts),
+  )
 
 
 def batches_of(config, steps):
@@ -61,10 +74,10 @@ def same(ours, theirs):
 def test_both_feeds_give_the_same_batches(augment):
   steps = range(2 * STEPS + 1)
   resident, streamed = (
-      batches_of(make_config(feed, **{"data.augment": augment}), steps)
-      for feed in ("resident", "streaming"))
-  assert isinstance(
-      make_dataset(make_config("resident")).train.images, np.ndarray)
+    batches_of(make_config(feed, **{"data.augment": augment}), steps)
+    for feed in ("resident", "streaming")
+  )
+  assert isinstance(make_dataset(make_config("resident")).train.images, np.ndarray)
   same(streamed, resident)
 
 
@@ -89,12 +102,14 @@ def test_hosts_read_disjoint_rows_that_cover_the_batch():
   whole = make_feed(config)
   parts = [make_feed(config, 1, host, 2) for host in range(2)]
   for step in (0, STEPS + 1):
-    image, label = (np.asarray(whole.data(step)[name])
-                    for name in ("image", "label"))
+    image, label = (
+      np.asarray(whole.data(step)[name]) for name in ("image", "label")
+    )
     halves = [np.split(np.asarray(feed.data(step)["image"]), 2) for feed in parts]
     for half, rows in enumerate(np.split(image, 2)):
       np.testing.assert_array_equal(
-          np.concatenate([halves[host][half] for host in range(2)]), rows)
+        np.concatenate([halves[host][half] for host in range(2)]), rows
+      )
     labels = np.concatenate([np.asarray(f.data(step)["label"]) for f in parts])
     assert sorted(labels) == sorted(label)
   for feed in (whole, *parts):
@@ -104,8 +119,12 @@ def test_hosts_read_disjoint_rows_that_cover_the_batch():
 @pytest.mark.parametrize("hosts, devices", [(1, 1), (1, 4), (3, 1), (2, 3)])
 def test_rows_of_hosts_are_those_of_their_devices(hosts, devices):
   batch = 24
-  rows = np.stack([parallel.rows_of_host(batch, hosts * devices, host, hosts)
-                   for host in range(hosts)]).reshape(hosts * devices, 2, -1)
+  rows = np.stack(
+    [
+      parallel.rows_of_host(batch, hosts * devices, host, hosts)
+      for host in range(hosts)
+    ]
+  ).reshape(hosts * devices, 2, -1)
   for d, (first, second) in enumerate(rows):
     size = batch // 2 // hosts // devices
     np.testing.assert_array_equal(first, d * size + np.arange(size))
@@ -147,14 +166,16 @@ def test_evaluation_reads_every_image_once_and_in_order(num, batch):
   np.testing.assert_array_equal(np.concatenate(found), images[:])
 
 
-def test_a_streamed_run_is_the_resident_one(
-    finished, tiny_config, tmp_path):
+def test_a_streamed_run_is_the_resident_one(finished, tiny_config, tmp_path):
   tiny_config.data.feed = "streaming"
   assert train.train(tmp_path / "run", tiny_config)
   ours, theirs = (
-      [json.loads(line) for line in
-       (workdir / "metrics.jsonl").read_text().splitlines()]
-      for workdir in (tmp_path / "run", finished.workdir))
+    [
+      json.loads(line)
+      for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+    for workdir in (tmp_path / "run", finished.workdir)
+  )
   assert len(ours) == len(theirs)
   for a, b in zip(ours, theirs, strict=True):
     for name in a.keys() & {"train_loss", "meta_loss", "accuracy", "count"}:
@@ -175,25 +196,33 @@ def first_losses(num_devices):
 
     def init(self, key):
       weight = jax.random.normal(key, (3, 64, 10))
-      return {"params": {"weight": 0.1 * weight},
-              "batch_stats": {"mean": np.zeros((3, 10), np.float32)}}
+      return {
+        "params": {"weight": 0.1 * weight},
+        "batch_stats": {"mean": np.zeros((3, 10), np.float32)},
+      }
 
   from l2w_jax.training.state import init_state
+
   config, backbone = make_config(), Linear()
   feed = make_feed(config, num_devices)
   state = parallel.replicate(
-      init_state(jax.random.key(0), backbone, config), num_devices)
+    init_state(jax.random.key(0), backbone, config), num_devices
+  )
   count, key = parallel.replicate(
-      (np.int32(1), jax.random.key_data(jax.random.key(3))), num_devices)
+    (np.int32(1), jax.random.key_data(jax.random.key(3))), num_devices
+  )
   # Compiled ahead, as the loop does it, for arrays that are placed already.
-  run = train.make_block_fn(
-      backbone, config, STEPS, num_devices,
-      feed.make_batch_fn).lower(state, feed.data(0), count, key).compile()
+  run = (
+    train.make_block_fn(backbone, config, STEPS, num_devices, feed.make_batch_fn)
+    .lower(state, feed.data(0), count, key)
+    .compile()
+  )
   losses = []
   for step in range(2):
     state, block = run(state, feed.data(step), count, key)
-    losses += np.asarray(parallel.first(
-        block, num_devices).scalars["meta_loss"])[0].tolist()
+    losses += np.asarray(parallel.first(block, num_devices).scalars["meta_loss"])[
+      0
+    ].tolist()
   feed.close()
   return losses
 
@@ -201,10 +230,17 @@ def first_losses(num_devices):
 @pytest.mark.slow
 def test_devices_share_a_streamed_batch():
   done = subprocess.run(
-      [sys.executable, __file__], capture_output=True, text=True, cwd=ROOT,
-      env=os.environ | {
-          "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-          "PYTHONPATH": str(ROOT)}, timeout=300)
+    [sys.executable, __file__],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ
+    | {
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "PYTHONPATH": str(ROOT),
+    },
+    timeout=300,
+  )
   assert done.returncode == 0, done.stderr
   one, four = json.loads(done.stdout)
   assert len(set(one)) == 4

@@ -1,4 +1,5 @@
 """Temperatures and calibration error against slow restatements."""
+
 import numpy as np
 import oracles
 import pytest
@@ -37,12 +38,12 @@ def test_calibration_error_is_the_oracles_and_falls():
   correct = logits.argmax(-1) == labels[:, None]
   errors = []
   for temperatures in (np.ones(2), temperature.fit(logits, labels)):
-    confidence = np.asarray(
-        temperature.scaled_confidence(logits, temperatures))
+    confidence = np.asarray(temperature.scaled_confidence(logits, temperatures))
     found = temperature.calibration_error(confidence, correct)
     for k in range(2):
-      assert found[k] == pytest.approx(oracles.calibration_error(
-          confidence[:, k], correct[:, k], 15), rel=1e-5)
+      assert found[k] == pytest.approx(
+        oracles.calibration_error(confidence[:, k], correct[:, k], 15), rel=1e-5
+      )
     errors.append(found)
   assert (errors[1] < errors[0]).all()
 
@@ -50,7 +51,8 @@ def test_calibration_error_is_the_oracles_and_falls():
 def test_bins_are_closed_above():
   # 0.5 belongs to the first of two bins: |1 - 0.5| and |0 - 0.75| by halves.
   error = temperature.calibration_error(
-      np.array([[0.5], [0.75]]), np.array([[True], [False]]), num_bins=2)
+    np.array([[0.5], [0.75]]), np.array([[True], [False]]), num_bins=2
+  )
   assert error == pytest.approx([0.5 * 0.5 + 0.5 * 0.75])
 
 
@@ -60,10 +62,14 @@ def test_a_split_all_right_has_the_lowest_temperature():
   assert found[0] == pytest.approx(temperature.LOWEST, rel=1e-3)
 
 
-@pytest.mark.parametrize("logits, says", [
+@pytest.mark.parametrize(
+  "logits, says",
+  [
     (np.zeros((0, 2, 4), np.float32), "split empty"),
     (np.full((3, 2, 4), np.nan, np.float32), "3 of 3 samples hold NaN"),
-    (np.zeros((3, 4), np.float32), r"\[N K C\]")])
+    (np.zeros((3, 4), np.float32), r"\[N K C\]"),
+  ],
+)
 def test_bad_logits_are_refused(logits, says):
   with pytest.raises(ValueError, match=says):
     temperature.fit(logits, np.zeros(len(logits), int))

@@ -1,4 +1,5 @@
 """The loop: a run that was stopped goes on as if it had not been."""
+
 import json
 
 import jax
@@ -17,16 +18,18 @@ CLOCK = "images_per_second"
 def final_state(workdir, config):
   backbone = l2w_jax.build_backbone(config.model, 10, (8, 8, 1))
   template = jax.eval_shape(
-      lambda key: l2w_jax.init_state(key, backbone, config), jax.random.key(0))
+    lambda key: l2w_jax.init_state(key, backbone, config), jax.random.key(0)
+  )
   with checkpoint.Checkpoints(workdir) as checkpoints:
     return checkpoints.restore(template)
 
 
 def metrics(workdir):
-  lines = [json.loads(line) for line in
-           (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{name: x for name, x in line.items() if name != CLOCK}
-          for line in lines]
+  lines = [
+    json.loads(line)
+    for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+  return [{name: x for name, x in line.items() if name != CLOCK} for line in lines]
 
 
 class Killed(Exception):
@@ -39,6 +42,7 @@ def resumed(tmp_path_factory):
   from conftest import ROOT, TINY
 
   from l2w_jax import config as config_lib
+
   config = config_lib.load_config(str(ROOT / "configs/digits.py"), TINY)
   workdir = tmp_path_factory.mktemp("runs") / "resumed"
   write = metrics_log.MetricsLog.write
@@ -83,7 +87,8 @@ def test_resumed_is_uninterrupted_bit_for_bit(finished, resumed, tiny_config):
 def test_resumed_metrics_have_no_gap_and_no_double(finished, resumed):
   ours, theirs = metrics(resumed[0]), metrics(finished.workdir)
   assert [line["step"] for line in ours if line["kind"] == "train"] == list(
-      range(1, 17))
+    range(1, 17)
+  )
   assert ours == theirs
 
 
@@ -99,14 +104,15 @@ def test_a_finished_run_is_not_trained_again(resumed, tiny_config, compilations)
   assert metrics(resumed[0]) == before
 
 
-@pytest.mark.parametrize("key, value", [
-    ("seed", 1), ("epochs", 3), ("method", "uniform")])
-def test_resuming_with_another_config_is_refused(
-    finished, tiny_config, key, value):
+@pytest.mark.parametrize(
+  "key, value", [("seed", 1), ("epochs", 3), ("method", "uniform")]
+)
+def test_resuming_with_another_config_is_refused(finished, tiny_config, key, value):
   was = tiny_config[key]
   tiny_config[key] = value
   with pytest.raises(
-      ValueError, match=f"config.{key} is {value!r} here and {was!r} there"):
+    ValueError, match=f"config.{key} is {value!r} here and {was!r} there"
+  ):
     train.train(finished.workdir, tiny_config)
 
 
@@ -125,12 +131,13 @@ def test_the_log_drops_what_is_written_again_and_a_cut_line(tmp_path):
   # The file of a run that died at step 3, resumed from step 2: the newline of
   # a whole line may be what is missing, too.
   for left, kept in [
-      ([line(1), line(2), line(3), line(4)[:20]], [1, 2, 5]),
-      ([line(1), line(2), '{"kind": "tr'], [1, 2, 5]),
-      ([line(1), line(2)], [1, 2, 5]),
-      ([line(1), "7", "[1]", "\0\0\0"], [1, 5]),
-      ([line(4)], [5]),
-      ([], [5])]:
+    ([line(1), line(2), line(3), line(4)[:20]], [1, 2, 5]),
+    ([line(1), line(2), '{"kind": "tr'], [1, 2, 5]),
+    ([line(1), line(2)], [1, 2, 5]),
+    ([line(1), "7", "[1]", "\0\0\0"], [1, 5]),
+    ([line(4)], [5]),
+    ([], [5]),
+  ]:
     path.write_text("\n".join(left))
     with metrics_log.MetricsLog(tmp_path, step=2) as log:
       log.write("train", 5, 0.5, {"train_loss": 1.0, "accuracy": [0.5, 0.75]})
@@ -142,8 +149,9 @@ def test_the_log_drops_what_is_written_again_and_a_cut_line(tmp_path):
 def test_mean_of_known_leaves_out_what_is_unknown():
   nan = np.nan
   np.testing.assert_array_equal(
-      train._mean_of_known(np.array([[1., 3.], [nan, 3.], [nan, nan]])),
-      [2, 3, nan])
+    train._mean_of_known(np.array([[1.0, 3.0], [nan, 3.0], [nan, nan]])),
+    [2, 3, nan],
+  )
 
 
 def test_uniform_trains_and_logs_without_a_wpn(tmp_path, tiny_config):
@@ -161,18 +169,22 @@ def test_uniform_trains_and_logs_without_a_wpn(tmp_path, tiny_config):
 def test_weights_against_loss_are_binned(finished):
   line = [x for x in metrics(finished.workdir) if x["kind"] == "weights"][-1]
   edges, means, counts = (
-      np.array(line[name], object if name == "mean_weight" else float)
-      for name in ("loss_bins", "mean_weight", "count"))
+    np.array(line[name], object if name == "mean_weight" else float)
+    for name in ("loss_bins", "mean_weight", "count")
+  )
   assert len(edges) == train.LOSS_BINS + 1
   np.testing.assert_allclose(edges[-1], 2 * np.log(10), rtol=1e-12)
   # An epoch of 8 steps, two halves of 64 samples each, at every exit.
   np.testing.assert_array_equal(counts.sum(axis=1), [8 * 128, 8 * 128])
   known = counts > 0
-  assert all((mean is not None) == k
-             for mean, k in zip(means.ravel(), known.ravel(), strict=True))
+  assert all(
+    (mean is not None) == k
+    for mean, k in zip(means.ravel(), known.ravel(), strict=True)
+  )
   # Centred over exits, the weights of all exits average to 1 exactly.
-  total = sum(mean * count for mean, count in zip(
-      means[known], counts[known], strict=True))
+  total = sum(
+    mean * count for mean, count in zip(means[known], counts[known], strict=True)
+  )
   assert total / counts.sum() == pytest.approx(1, abs=1e-5)
   # 1 ± 0.8 · (u - mean u), |u| < 1, with two exits.
   assert all(0.2 < mean < 1.8 for mean in means[known])
@@ -180,15 +192,20 @@ def test_weights_against_loss_are_binned(finished):
 
 def test_runs_of_other_seeds_are_the_same_program(tiny_config):
   """So that the compilation of one serves all, from the cache on disk."""
+
   def program(seed):
     tiny_config.seed = seed
     dataset = sources.load(tiny_config.data)
     backbone = l2w_jax.build_backbone(tiny_config.model, 10, (8, 8, 1))
     init_key, data_key = jax.random.split(jax.random.key(seed))
     state = l2w_jax.init_state(init_key, backbone, tiny_config)
-    return train.make_block_fn(backbone, tiny_config, 8, 1).lower(
-        state, resident.arrays(dataset), np.int32(1),
-        jax.random.key_data(data_key)).as_text()
+    return (
+      train.make_block_fn(backbone, tiny_config, 8, 1)
+      .lower(
+        state, resident.arrays(dataset), np.int32(1), jax.random.key_data(data_key)
+      )
+      .as_text()
+    )
 
   first = program(0)
   assert first == program(1)

@@ -1,4 +1,5 @@
 """A two-line backbone for tests of the algorithm: every exit is linear."""
+
 import jax
 import jax.numpy as jnp
 

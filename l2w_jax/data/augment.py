@@ -1,4 +1,5 @@
 """Augmentation and normalisation inside the compiled step."""
+
 from __future__ import annotations
 
 import jax
@@ -10,8 +11,8 @@ Images = UInt8[Array, "B H W channels"]
 
 
 def normalize(
-    images: Images, mean: Float[Array, " channels"],
-    std: Float[Array, " channels"]) -> Float[Array, "B H W channels"]:
+  images: Images, mean: Float[Array, " channels"], std: Float[Array, " channels"]
+) -> Float[Array, "B H W channels"]:
   """(pixels - mean) / std per channel, in the dtype of the statistics."""
   return (images.astype(mean.dtype) - mean) / std
 
@@ -27,8 +28,7 @@ def shift(images: Images, offsets: Int[Array, "B 2"], pad: int) -> Images:
   padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
   def crop(image, offset):
-    return jax.lax.dynamic_slice(
-        image, (offset[0], offset[1], 0), images.shape[1:])
+    return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
 
   return jax.vmap(crop)(padded, offsets)
 
@@ -50,7 +50,8 @@ def draw(config: ConfigDict, key: Array, batch: int) -> dict[str, Array]:
   draws = {}
   if config.augment in ("shift", "shift_flip"):
     draws["offsets"] = jax.random.randint(
-        offsets_key, (batch, 2), 0, 2 * config.pad + 1)
+      offsets_key, (batch, 2), 0, 2 * config.pad + 1
+    )
   if config.augment in ("shift_flip", "crop_flip"):
     draws["mirrored"] = jax.random.bernoulli(flip_key, shape=(batch,))
   return draws

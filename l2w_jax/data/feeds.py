@@ -5,6 +5,7 @@ there; `whole`, whether that serves any step or this one alone; `make_batch_fn`,
 which says how the compiled step makes the batch {"image", "label"} of it; and
 `close()`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ Feed = ResidentFeed | StreamingFeed
 
 
 def make_feed(
-    dataset: Dataset, config: ConfigDict, key: Array, num_devices: int) -> Feed:
+  dataset: Dataset, config: ConfigDict, key: Array, num_devices: int
+) -> Feed:
   """The feed of the train split; both kinds give the same batches.
 
   Args:
@@ -34,16 +36,19 @@ def make_feed(
   """
   if isinstance(dataset.train.images, LazyImages):
     return StreamingFeed(
-        dataset, config, key, num_devices,
-        parallel.own_rows_of_halves(config.batch, num_devices))
+      dataset,
+      config,
+      key,
+      num_devices,
+      parallel.own_rows_of_halves(config.batch, num_devices),
+    )
   return ResidentFeed(dataset, num_devices)
 
 
-def batches(
-    images: np.ndarray | LazyImages, batch: int) -> Iterator[np.ndarray]:
+def batches(images: np.ndarray | LazyImages, batch: int) -> Iterator[np.ndarray]:
   """uint8 [≤ batch H W channels], every image once and in order."""
   if isinstance(images, LazyImages):
     yield from lazy_batches(images, batch)
   else:
     for start in range(0, len(images), batch):
-      yield images[start:start + batch]
+      yield images[start : start + batch]

@@ -1,4 +1,5 @@
 """Class folders: PATH/train/CLASS/*.jpg or *.png, and PATH/test or PATH/val."""
+
 from __future__ import annotations
 
 import pathlib
@@ -35,9 +36,7 @@ class FolderRecords:
     return str(self.files[i])
 
 
-def open_folder(
-    where: str,
-) -> tuple[FolderRecords, FolderRecords, tuple[str, ...]]:
+def open_folder(where: str) -> tuple[FolderRecords, FolderRecords, tuple[str, ...]]:
   """(train, test, class names) of an image folder; classes in sorted order.
 
   Raises:
@@ -47,17 +46,23 @@ def open_folder(
   train = root / "train"
   if not train.is_dir():
     raise ValueError(
-        f"no directory {train} for config.data.source=folder:{where}; images "
-        f"belong in {train}/CLASS/*.jpg or *.png, and {root}/test or {root}/val")
+      f"no directory {train} for config.data.source=folder:{where}; images "
+      f"belong in {train}/CLASS/*.jpg or *.png, and {root}/test or {root}/val"
+    )
   class_names = _classes(train)
   if not class_names:
-    raise ValueError(f"{train} has no class directories; images belong in "
-                     f"{train}/CLASS/*.jpg or *.png")
-  test = next((root / name for name in ("test", "val")
-               if (root / name).is_dir()), None)
+    raise ValueError(
+      f"{train} has no class directories; images belong in "
+      f"{train}/CLASS/*.jpg or *.png"
+    )
+  test = next(
+    (root / name for name in ("test", "val") if (root / name).is_dir()), None
+  )
   if test is None:
-    raise ValueError(f"{root} has neither a test nor a val directory beside "
-                     "train; images to evaluate belong in one of them")
+    raise ValueError(
+      f"{root} has neither a test nor a val directory beside "
+      "train; images to evaluate belong in one of them"
+    )
   unknown = sorted(set(_classes(test)) - set(class_names))
   if unknown:
     raise ValueError(f"{test} has a class {unknown[0]!r} that {train} has not")
@@ -71,13 +76,20 @@ def open_folder(
 
 
 def _classes(path: pathlib.Path) -> tuple[str, ...]:
-  return tuple(sorted(entry.name for entry in path.iterdir()
-                      if entry.is_dir() and not entry.name.startswith(".")))
+  return tuple(
+    sorted(
+      entry.name
+      for entry in path.iterdir()
+      if entry.is_dir() and not entry.name.startswith(".")
+    )
+  )
 
 
 def _images(path: pathlib.Path) -> list[pathlib.Path]:
   if not path.is_dir():
     return []
-  return sorted(entry for entry in path.iterdir()
-                if entry.suffix.lower() in SUFFIXES
-                and not entry.name.startswith("."))
+  return sorted(
+    entry
+    for entry in path.iterdir()
+    if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".")
+  )

@@ -5,6 +5,7 @@ a batch from fold_in(augmentation key, step), so batch t is a pure function of t
 root key and t, and a resumed run sees what the uninterrupted one would. Each epoch
 leaves out the N mod 2B images its shuffled order ends with.
 """
+
 from __future__ import annotations
 
 import jax
@@ -22,8 +23,9 @@ def steps_per_epoch(num_train: int, batch: int) -> int:
   """
   if num_train < batch:
     raise ValueError(
-        f"the train split has {num_train} images, fewer than one loader batch "
-        f"of {batch}; set config.batch to {num_train // 2 * 2} or less")
+      f"the train split has {num_train} images, fewer than one loader batch "
+      f"of {batch}; set config.batch to {num_train // 2 * 2} or less"
+    )
   return num_train // batch
 
 
@@ -34,8 +36,7 @@ def keys(key: Array) -> tuple[Array, Array]:
 
 
 def epoch_order(
-    order_key: Array, epoch: Int[Array, ""] | int, num_train: int,
+  order_key: Array, epoch: Int[Array, ""] | int, num_train: int
 ) -> Int[Array, " N"]:
   """The shuffled train images of an epoch."""
-  return jax.random.permutation(
-      jax.random.fold_in(order_key, epoch), num_train)
+  return jax.random.permutation(jax.random.fold_in(order_key, epoch), num_train)

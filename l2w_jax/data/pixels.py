@@ -4,6 +4,7 @@ Pillow is what the released code reads images with: its bilinear filter widens
 when it shrinks an image (antialiasing), and it lets go of the interpreter while
 it decodes and resizes, so threads are enough to use every core.
 """
+
 from __future__ import annotations
 
 import io
@@ -50,15 +51,16 @@ def middle(image: Pixels, size: int) -> np.ndarray:
   scale = shorter / min(image.size)
   # The longer side is rounded down, as torchvision does.
   width, height = (
-      shorter if side == min(image.size) else int(side * scale + 1e-9)
-      for side in image.size)
+    shorter if side == min(image.size) else int(side * scale + 1e-9)
+    for side in image.size
+  )
   image = image.resize((width, height), Image.Resampling.BILINEAR)
   left, top = round((width - size) / 2), round((height - size) / 2)
   return to_array(image.crop((left, top, left + size, top + size)))
 
 
 def random_box(
-    width: int, height: int, rng: np.random.Generator,
+  width: int, height: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
   """(left, top, right, bottom) of a random crop, in whole pixels.
 
@@ -81,13 +83,11 @@ def random_box(
   return left, top, left + w, top + h
 
 
-def random_crop(
-    image: Pixels, size: int, rng: np.random.Generator) -> np.ndarray:
+def random_crop(image: Pixels, size: int, rng: np.random.Generator) -> np.ndarray:
   """uint8 [size size channels]: a `random_box` of the image, resized."""
   image = _as_image(image)
   box = random_box(*image.size, rng)
-  return to_array(image.crop(box).resize(
-      (size, size), Image.Resampling.BILINEAR))
+  return to_array(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _as_image(image: Pixels) -> Image.Image:

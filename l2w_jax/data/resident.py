@@ -2,6 +2,7 @@
 
 The pixels stay on the devices as uint8; what a batch holds is said in `order`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,13 +23,15 @@ from l2w_jax.run.parallel import ONE_DEVICE, Collectives
 def arrays(dataset: Dataset) -> Batch:
   """What `make_batch_fn` reads: pixels, labels and channel statistics."""
   return {
-      "image": dataset.train.images, "label": dataset.train.labels,
-      "mean": np.asarray(dataset.mean, np.float32),
-      "std": np.asarray(dataset.std, np.float32)}
+    "image": dataset.train.images,
+    "label": dataset.train.labels,
+    "mean": np.asarray(dataset.mean, np.float32),
+    "std": np.asarray(dataset.std, np.float32),
+  }
 
 
 def make_batch_fn(
-    config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE,
+  config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE
 ) -> Callable[[Batch, Int[Array, ""]], Batch]:
   """(arrays, step) -> this device's share of the batch of that step.
 
@@ -42,13 +45,15 @@ def make_batch_fn(
     num_train = data["label"].shape[0]
     epoch, t = jnp.divmod(step, order.steps_per_epoch(num_train, batch))
     chosen = jax.lax.dynamic_slice_in_dim(
-        order.epoch_order(order_key, epoch, num_train), t * batch, batch)
-    draws = augment.draw(
-        config.data, jax.random.fold_in(augment_key, step), batch)
+      order.epoch_order(order_key, epoch, num_train), t * batch, batch
+    )
+    draws = augment.draw(config.data, jax.random.fold_in(augment_key, step), batch)
     chosen, draws = jax.tree.map(devices.own_halves, (chosen, draws))
     images = augment.apply(config.data, data["image"][chosen], draws)
-    return {"image": augment.normalize(images, data["mean"], data["std"]),
-            "label": data["label"][chosen]}
+    return {
+      "image": augment.normalize(images, data["mean"], data["std"]),
+      "label": data["label"][chosen],
+    }
 
   return batch_fn
 

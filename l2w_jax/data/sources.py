@@ -5,6 +5,7 @@ resident feed, and `LazyImages` for the streaming one. Samples are put in the or
 of their pixels, so that the same images give the same run however they are kept.
 Thresholds are chosen on the calibration split, never on the test split.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -36,8 +37,12 @@ class LazyImages:
   """
 
   def __init__(
-      self, load: Callable[[int], pixels.Pixels], numbers: np.ndarray, size: int,
-      image_shape: tuple[int, int, int]):
+    self,
+    load: Callable[[int], pixels.Pixels],
+    numbers: np.ndarray,
+    size: int,
+    image_shape: tuple[int, int, int],
+  ):
     self._load, self._numbers, self._size = load, numbers, size
     self.shape = (len(numbers), *image_shape)
 
@@ -48,8 +53,11 @@ class LazyImages:
   def __getitem__(self, rows) -> np.ndarray:
     """`middle` of the images of an index array or a slice."""
     rows = np.arange(len(self))[rows].tolist()
-    return np.stack([self.middle(i) for i in rows]) if rows else np.zeros(
-        (0, *self.shape[1:]), np.uint8)
+    return (
+      np.stack([self.middle(i) for i in rows])
+      if rows
+      else np.zeros((0, *self.shape[1:]), np.uint8)
+    )
 
   def middle(self, i: int) -> np.ndarray:
     """uint8 [H W channels]: image i as evaluation sees it."""
@@ -61,19 +69,22 @@ class LazyImages:
 
   def keep(self, rows: np.ndarray) -> LazyImages:
     """The images of an index or bool array."""
-    return LazyImages(
-        self._load, self._numbers[rows], self._size, self.shape[1:])
+    return LazyImages(self._load, self._numbers[rows], self._size, self.shape[1:])
 
 
 class Split(NamedTuple):
   """images: uint8 [N H W channels] or lazy; labels: int32 [N], in [0, C)."""
+
   images: np.ndarray | LazyImages
   labels: np.ndarray
 
   def keep(self, rows: np.ndarray) -> Split:
     """The samples of an index or bool array."""
-    images = (self.images.keep(rows) if isinstance(self.images, LazyImages)
-              else self.images[rows])
+    images = (
+      self.images.keep(rows)
+      if isinstance(self.images, LazyImages)
+      else self.images[rows]
+    )
     return Split(images, self.labels[rows])
 
 
@@ -84,6 +95,7 @@ class Dataset(NamedTuple):
   mean, std: [channels] of the train pixels, for normalisation.
   class_names: C strings.
   """
+
   train: Split
   calibration: Split
   test: Split
@@ -107,6 +119,7 @@ class Source(NamedTuple):
 
   calibration: only of sources that hold it out themselves.
   """
+
   train: Split | stored.Records
   test: Split | stored.Records
   class_names: tuple[str, ...]
@@ -120,38 +133,51 @@ def load(config: ConfigDict) -> Dataset:
     ValueError: no such source, or files that do not hold what they should.
   """
   kind, _, where = config.source.partition(":")
-  known = {"digits": _digits, "npz": _npz, "tfds": _tfds, "folder": _folder,
-           "synthetic": _synthetic}
+  known = {
+    "digits": _digits,
+    "npz": _npz,
+    "tfds": _tfds,
+    "folder": _folder,
+    "synthetic": _synthetic,
+  }
   if kind not in known or (kind != "digits" and not where):
     raise ValueError(
-        f"unknown data source {config.source!r} in config.data.source; choose "
-        f"one of {', '.join(SOURCES.values())}")
+      f"unknown data source {config.source!r} in config.data.source; choose "
+      f"one of {', '.join(SOURCES.values())}"
+    )
   _check_crops(config)
   source = known[kind](where, config)
   streams = _streams(source.train, config)
   if streams and importlib.util.find_spec("grain") is None:
-    raise ValueError(f"{config.source} needs the streaming feed, and that needs "
-                     'Grain: pip install "l2w_jax[streaming]"')
+    raise ValueError(
+      f"{config.source} needs the streaming feed, and that needs "
+      'Grain: pip install "l2w_jax[streaming]"'
+    )
   num_classes = len(source.class_names)
-  opened = {name: _open(getattr(source, name), config, streams)
-            for name in ("train", "test")}
+  opened = {
+    name: _open(getattr(source, name), config, streams)
+    for name in ("train", "test")
+  }
   for name, split in opened.items():
     _check_labels(split.labels, num_classes, f"{name} split of {config.source}")
   train, test = opened.values()
   if train.images.shape[1:] != test.images.shape[1:]:
     raise ValueError(
-        f"train images of {config.source} are {train.images.shape[1:]} and test "
-        f"images {test.images.shape[1:]} (height, width, channels); set "
-        "config.data.image_size to bring them to one size")
+      f"train images of {config.source} are {train.images.shape[1:]} and test "
+      f"images {test.images.shape[1:]} (height, width, channels); set "
+      "config.data.image_size to bring them to one size"
+    )
   if source.calibration is None:
     held_out = splits.hold_out(
-        train.labels, num_classes, config.calibration, config.seed)
+      train.labels, num_classes, config.calibration, config.seed
+    )
     train, calibration = train.keep(~held_out), train.keep(held_out)
   else:
     calibration = _open(source.calibration, config, streams)
   train = _changed(train, num_classes, config)
-  return Dataset(train, calibration, test, source.class_names,
-                 *_statistics(train.images, config))
+  return Dataset(
+    train, calibration, test, source.class_names, *_statistics(train.images, config)
+  )
 
 
 def _check_crops(config: ConfigDict) -> None:
@@ -159,16 +185,20 @@ def _check_crops(config: ConfigDict) -> None:
   if config.augment != "crop_flip":
     return
   if not config.image_size:
-    raise ValueError("config.data.augment=crop_flip needs the size of its crops; "
-                     "set config.data.image_size, such as 224")
+    raise ValueError(
+      "config.data.augment=crop_flip needs the size of its crops; "
+      "set config.data.image_size, such as 224"
+    )
   if config.feed == "resident":
     raise ValueError(
-        "config.data.augment=crop_flip cuts whole images, so the resident feed "
-        "cannot serve it; set config.data.feed=streaming, or augment=shift_flip")
+      "config.data.augment=crop_flip cuts whole images, so the resident feed "
+      "cannot serve it; set config.data.feed=streaming, or augment=shift_flip"
+    )
 
 
 def _open(
-    split: Split | stored.Records, config: ConfigDict, streams: bool) -> Split:
+  split: Split | stored.Records, config: ConfigDict, streams: bool
+) -> Split:
   """A split as its feed needs it: images in memory, or lazy ones."""
   size = config.image_size
   if isinstance(split, Split):
@@ -176,11 +206,16 @@ def _open(
       return split
     *whole, channels = split.images.shape[1:]
     if size and channels not in (1, 3):
-      raise ValueError(f"images of {channels} channels cannot be resized; set "
-                       "config.data.image_size to 0")
+      raise ValueError(
+        f"images of {channels} channels cannot be resized; set "
+        "config.data.image_size to 0"
+      )
     images = LazyImages(
-        split.images.__getitem__, np.arange(len(split.labels)), size,
-        (*([size, size] if size else whole), channels))
+      split.images.__getitem__,
+      np.arange(len(split.labels)),
+      size,
+      (*([size, size] if size else whole), channels),
+    )
     return split._replace(images=images if streams else images[:])
   if streams:
     index = stored.read_index(split, config.corrupt)
@@ -188,12 +223,14 @@ def _open(
       stored.check_one_size(split, index)
     height, width = map(int, index.shapes[0])
     images = LazyImages(
-        lambda i: pixels.decode(split.read(i)[0], split.channels), index.rows,
-        size, (size or height, size or width, split.channels))
+      lambda i: pixels.decode(split.read(i)[0], split.channels),
+      index.rows,
+      size,
+      (size or height, size or width, split.channels),
+    )
   else:
     index, images = stored.read_all(split, size, config.corrupt)
-  return Split(images, index.labels).keep(
-      np.lexsort((index.labels, index.digests)))
+  return Split(images, index.labels).keep(np.lexsort((index.labels, index.digests)))
 
 
 def _streams(train: Split | stored.Records, config: ConfigDict) -> bool:
@@ -216,7 +253,8 @@ def _shape_of_one(records: stored.Records) -> tuple[int, ...]:
   for i in range(min(len(records), 100)):
     try:
       return pixels.to_array(
-          pixels.decode(records.read(i)[0], records.channels)).shape
+        pixels.decode(records.read(i)[0], records.channels)
+      ).shape
     except Exception:  # it will be named when all images are read
       continue
   return (0, 0, records.channels)
@@ -226,23 +264,28 @@ def _check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
   wrong = labels[(labels < 0) | (labels >= num_classes)]
   if len(wrong):
     raise ValueError(
-        f"the {where} has a label {wrong[0]} ({len(wrong)} are out of range); "
-        f"labels count from 0 to {num_classes - 1} here")
+      f"the {where} has a label {wrong[0]} ({len(wrong)} are out of range); "
+      f"labels count from 0 to {num_classes - 1} here"
+    )
 
 
 def _changed(train: Split, num_classes: int, config: ConfigDict) -> Split:
   """The train split made long-tailed, and some of its labels wrong."""
   if config.imbalance > 1:
-    train = train.keep(splits.long_tail(
-        train.labels, num_classes, config.imbalance, config.seed))
+    train = train.keep(
+      splits.long_tail(train.labels, num_classes, config.imbalance, config.seed)
+    )
   if config.label_noise > 0:
-    train = train._replace(labels=splits.noisy_labels(
-        train.labels, num_classes, config.label_noise, config.seed))
+    train = train._replace(
+      labels=splits.noisy_labels(
+        train.labels, num_classes, config.label_noise, config.seed
+      )
+    )
   return train
 
 
 def _statistics(
-    images: np.ndarray | LazyImages, config: ConfigDict,
+  images: np.ndarray | LazyImages, config: ConfigDict
 ) -> tuple[np.ndarray, np.ndarray]:
   """(mean, standard deviation) [channels] of train pixels, or as configured.
 
@@ -252,26 +295,35 @@ def _statistics(
   if config.mean or config.std:
     if not len(config.mean) == len(config.std) == channels:
       raise ValueError(
-          f"config.data.mean and config.data.std need {channels} number(s) each, "
-          f"one for each channel of {config.source}, or none; got "
-          f"{config.mean} and {config.std}")
+        f"config.data.mean and config.data.std need {channels} number(s) each, "
+        f"one for each channel of {config.source}, or none; got "
+        f"{config.mean} and {config.std}"
+      )
     return np.array(config.mean), np.array(config.std)
   rows = range(0, len(images), -(-math.prod(images.shape) // LIMIT))
 
   def counts_of(image):
-    return np.stack([np.bincount(image[..., c].ravel(), minlength=256)
-                     for c in range(channels)])
+    return np.stack(
+      [np.bincount(image[..., c].ravel(), minlength=256) for c in range(channels)]
+    )
 
   # Counting the 256 values of a byte is exact, and never needs a float copy.
   if isinstance(images, LazyImages):
-    counts = sum(stored.in_threads(
-        lambda i: counts_of(images.middle(i)), rows, "channel statistics"))
+    counts = sum(
+      stored.in_threads(
+        lambda i: counts_of(images.middle(i)), rows, "channel statistics"
+      )
+    )
   else:
-    counts = counts_of(images[::rows.step])
+    counts = counts_of(images[:: rows.step])
   values = np.arange(256)
   mean = np.array([np.average(values, weights=n) for n in counts])
-  var = np.array([np.average((values - m)**2, weights=n)
-                  for m, n in zip(mean, counts, strict=True)])
+  var = np.array(
+    [
+      np.average((values - m) ** 2, weights=n)
+      for m, n in zip(mean, counts, strict=True)
+    ]
+  )
   return mean, np.sqrt(var)
 
 
@@ -281,8 +333,9 @@ def _digits(where: str, config: ConfigDict) -> Source:
     raise ValueError(f"config.data.source={config.source}: digits takes no name")
   with np.load(pathlib.Path(__file__).with_name("digits.npz")) as arrays:
     train, calibration, test = (
-        Split(arrays[f"{name}_images"], arrays[f"{name}_labels"])
-        for name in ("train", "calibration", "test"))
+      Split(arrays[f"{name}_images"], arrays[f"{name}_labels"])
+      for name in ("train", "calibration", "test")
+    )
     class_names = tuple(map(str, arrays["class_names"]))
   if config.calibration == 0:
     train = Split(*map(np.concatenate, zip(train, calibration, strict=True)))
@@ -298,12 +351,14 @@ def _npz(where: str, config: ConfigDict) -> Source:
   path = pathlib.Path(where)
   if not path.is_file():
     raise ValueError(f"no file {where!r} for config.data.source={config.source}")
-  wanted = [f"{name}_{what}" for name in ("train", "test")
-            for what in ("images", "labels")]
+  wanted = [
+    f"{name}_{what}" for name in ("train", "test") for what in ("images", "labels")
+  ]
   found = _read_npz(path, wanted)
   train, test = (
-      _checked(path, name, found[f"{name}_images"], found[f"{name}_labels"])
-      for name in ("train", "test"))
+    _checked(path, name, found[f"{name}_images"], found[f"{name}_labels"])
+    for name in ("train", "test")
+  )
   class_names = found.get("class_names")
   if class_names is None:
     class_names = range(1 + max(int(s.labels.max()) for s in (train, test)))
@@ -318,30 +373,36 @@ def _read_npz(path: pathlib.Path, wanted: list[str]) -> dict[str, np.ndarray]:
       names = arrays.files
     except Exception as error:  # whatever a file that is no zip brings
       raise ValueError(
-          f"{path} is not an .npz file ({error}); it must hold "
-          f"{', '.join(wanted)}, as np.savez writes them") from error
+        f"{path} is not an .npz file ({error}); it must hold "
+        f"{', '.join(wanted)}, as np.savez writes them"
+      ) from error
     missing = [name for name in wanted if name not in names]
     if missing:
-      raise ValueError(f"{path} has no array {missing[0]}; it must hold "
-                       f"{', '.join(wanted)}, and holds {', '.join(names)}")
+      raise ValueError(
+        f"{path} has no array {missing[0]}; it must hold "
+        f"{', '.join(wanted)}, and holds {', '.join(names)}"
+      )
     for name in [*wanted, *({"class_names"} & set(names))]:
       try:
         found[name] = arrays[name]
       except Exception as error:  # a damaged or a pickled array
-        raise ValueError(f"array {name} in {path} cannot be read ({error}); "
-                         "write the file again") from error
+        raise ValueError(
+          f"array {name} in {path} cannot be read ({error}); write the file again"
+        ) from error
   return found
 
 
 def _checked(path, name, images, labels) -> Split:
   if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
     raise ValueError(
-        f"{name}_images in {path} must be uint8 [N H W channels], got "
-        f"{images.dtype} {list(images.shape)}")
+      f"{name}_images in {path} must be uint8 [N H W channels], got "
+      f"{images.dtype} {list(images.shape)}"
+    )
   if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
     raise ValueError(
-        f"{name}_labels in {path} must be {len(images)} whole numbers, one for "
-        f"each image, got {labels.dtype} {list(labels.shape)}")
+      f"{name}_labels in {path} must be {len(images)} whole numbers, one for "
+      f"each image, got {labels.dtype} {list(labels.shape)}"
+    )
   labels = labels.astype(np.int32)
   digests = np.array([stored.digest(image) for image in images], np.uint64)
   return Split(images, labels).keep(np.lexsort((labels, digests)))
@@ -363,23 +424,35 @@ def _synthetic(where: str, config: ConfigDict) -> Source:
   match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", where)
   shape = tuple(map(int, match.groups())) if match else (0,)
   if not math.prod(shape):
-    raise ValueError(f"config.data.source={config.source} must name a shape as "
-                     "HEIGHTxWIDTHxCHANNELS, such as synthetic:32x32x3")
+    raise ValueError(
+      f"config.data.source={config.source} must name a shape as "
+      "HEIGHTxWIDTHxCHANNELS, such as synthetic:32x32x3"
+    )
   rng = np.random.default_rng(config.seed)
 
   def split(count):
     return Split(
-        np.frombuffer(rng.bytes(count * math.prod(shape)), np.uint8).reshape(
-            count, *shape),
-        np.arange(count, dtype=np.int32) % SYNTHETIC_CLASSES)
+      np.frombuffer(rng.bytes(count * math.prod(shape)), np.uint8).reshape(
+        count, *shape
+      ),
+      np.arange(count, dtype=np.int32) % SYNTHETIC_CLASSES,
+    )
 
-  count = max(2 * SYNTHETIC_CLASSES,
-              min(SYNTHETIC_IMAGES, LIMIT // math.prod(shape)))
-  return Source(split(count), split(max(SYNTHETIC_CLASSES, count // 10)),
-                tuple(map(str, range(SYNTHETIC_CLASSES))))
+  count = max(
+    2 * SYNTHETIC_CLASSES, min(SYNTHETIC_IMAGES, LIMIT // math.prod(shape))
+  )
+  return Source(
+    split(count),
+    split(max(SYNTHETIC_CLASSES, count // 10)),
+    tuple(map(str, range(SYNTHETIC_CLASSES))),
+  )
 
 
 # Kind of source -> how config.data.source names it.
 SOURCES = {
-    "digits": "digits", "npz": "npz:PATH", "tfds": "tfds:NAME",
-    "folder": "folder:PATH", "synthetic": "synthetic:HEIGHTxWIDTHxCHANNELS"}
+  "digits": "digits",
+  "npz": "npz:PATH",
+  "tfds": "tfds:NAME",
+  "folder": "folder:PATH",
+  "synthetic": "synthetic:HEIGHTxWIDTHxCHANNELS",
+}

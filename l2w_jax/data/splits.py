@@ -2,13 +2,15 @@
 
 All of them look at labels alone, so they do not depend on how images are kept.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
 
 def hold_out(
-    labels: np.ndarray, num_classes: int, count: int, seed: int) -> np.ndarray:
+  labels: np.ndarray, num_classes: int, count: int, seed: int
+) -> np.ndarray:
   """[N] bool: `count` samples for calibration, the same number of every class.
 
   Every class gives count // C samples; the first classes in a seeded order give
@@ -22,24 +24,26 @@ def hold_out(
     return held_out
   if count < num_classes:
     raise ValueError(
-        f"config.data.calibration={count} holds no image out of some of the "
-        f"{num_classes} classes; set it to {num_classes} or more, or to 0 to "
-        "train on everything")
+      f"config.data.calibration={count} holds no image out of some of the "
+      f"{num_classes} classes; set it to {num_classes} or more, or to 0 to "
+      "train on everything"
+    )
   rng = np.random.default_rng((seed, 0))
   for i, label in enumerate(rng.permutation(num_classes)):
     own = np.flatnonzero(labels == label)
     share = count // num_classes + (i < count % num_classes)
     if share >= len(own):
       raise ValueError(
-          f"cannot hold {share} of the {len(own)} train images of class {label} "
-          f"out for calibration; set config.data.calibration below {count}, or "
-          "to 0 to train on everything")
+        f"cannot hold {share} of the {len(own)} train images of class {label} "
+        f"out for calibration; set config.data.calibration below {count}, or "
+        "to 0 to train on everything"
+      )
     held_out[rng.permutation(own)[:share]] = True
   return held_out
 
 
 def long_tail(
-    labels: np.ndarray, num_classes: int, factor: float, seed: int,
+  labels: np.ndarray, num_classes: int, factor: float, seed: int
 ) -> np.ndarray:
   """[N] bool: the samples that an exponentially long-tailed set keeps.
 
@@ -53,19 +57,21 @@ def long_tail(
   for c in range(num_classes):
     share = sizes.min() * factor ** (-c / max(num_classes - 1, 1))
     own = rng.permutation(np.flatnonzero(labels == c))
-    kept[own[:max(1, round(share))]] = True
+    kept[own[: max(1, round(share))]] = True
   return kept
 
 
 def noisy_labels(
-    labels: np.ndarray, num_classes: int, rate: float, seed: int) -> np.ndarray:
+  labels: np.ndarray, num_classes: int, rate: float, seed: int
+) -> np.ndarray:
   """Labels of which round(rate · N) are replaced by one of the other classes.
 
   Which ones, and by which class, is uniform (symmetric noise).
   """
   rng = np.random.default_rng((seed, 2))
-  changed = rng.permutation(len(labels))[:round(rate * len(labels))]
+  changed = rng.permutation(len(labels))[: round(rate * len(labels))]
   labels = labels.copy()
   labels[changed] += rng.integers(
-      1, max(num_classes, 2), len(changed), labels.dtype)
+    1, max(num_classes, 2), len(changed), labels.dtype
+  )
   return labels % num_classes

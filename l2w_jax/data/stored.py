@@ -5,6 +5,7 @@ by name before training begins, and gets a digest of its pixels, by which sample
 are put in an order that does not depend on how they are kept. A set that stays on
 disk remembers the outcome in a cache file, for as long as its files do not change.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -30,6 +31,7 @@ class Records(Protocol):
 
   title: names the split in messages. channels: 1 or 3. files: that hold it.
   """
+
   title: str
   channels: int
   files: Sequence[pathlib.Path]
@@ -50,6 +52,7 @@ class Index(NamedTuple):
   rows: int64 [N] record numbers. labels: int32 [N]. digests: uint64 [N].
   shapes: int64 [N 2], height and width in pixels.
   """
+
   rows: np.ndarray
   labels: np.ndarray
   digests: np.ndarray
@@ -58,35 +61,41 @@ class Index(NamedTuple):
 
 def num_threads() -> int:
   """Cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(
-      os, "sched_getaffinity") else os.cpu_count() or 1
+  return (
+    len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity")
+    else os.cpu_count() or 1
+  )
 
 
 def digest(image: np.ndarray) -> int:
   """64 bits of the SHA-1 of the pixels."""
   return int.from_bytes(
-      hashlib.sha1(np.ascontiguousarray(image)).digest()[:8], "little")
+    hashlib.sha1(np.ascontiguousarray(image)).digest()[:8], "little"
+  )
 
 
 def in_threads(
-    work: Callable[[int], Any], rows: Sequence[int], label: str,
-    unit: str = "image") -> Iterator[Any]:
+  work: Callable[[int], Any], rows: Sequence[int], label: str, unit: str = "image"
+) -> Iterator[Any]:
   """work(row) of every row, in order, on all cores, with a progress line."""
+
   def chunk(part):
     return list(map(work, part))
 
-  parts = [rows[start:start + CHUNK] for start in range(0, len(rows), CHUNK)]
+  parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
   done = 0
-  with (Progress(len(rows), unit=unit, label=label) as progress,
-        ThreadPoolExecutor(num_threads()) as pool):
+  with (
+    Progress(len(rows), unit=unit, label=label) as progress,
+    ThreadPoolExecutor(num_threads()) as pool,
+  ):
     for results in pool.map(chunk, parts):
       yield from results
       done += len(results)
       progress.update(done, {})
 
 
-def read_all(
-    records: Records, size: int, corrupt: str) -> tuple[Index, np.ndarray]:
+def read_all(records: Records, size: int, corrupt: str) -> tuple[Index, np.ndarray]:
   """(index, uint8 [N H W channels]) of a split that fits into memory.
 
   Args:
@@ -99,7 +108,8 @@ def read_all(
     ValueError: unreadable images, or images of different sizes.
   """
   index, images = _read_through(
-      records, corrupt, lambda image: pixels.middle(image, size))
+    records, corrupt, lambda image: pixels.middle(image, size)
+  )
   if size == 0:
     check_one_size(records, index)
   return index, np.stack(images)
@@ -121,11 +131,15 @@ def check_one_size(records: Records, index: Index) -> None:
   other = np.flatnonzero((index.shapes != index.shapes[0]).any(axis=1))
   if len(other):
     one, another = (
-        "{1}×{0} pixels".format(*index.shapes[i]) + " in "
-        + records.where(int(index.rows[i])) for i in (0, other[0]))
+      "{1}×{0} pixels".format(*index.shapes[i])
+      + " in "
+      + records.where(int(index.rows[i]))
+      for i in (0, other[0])
+    )
     raise ValueError(
-        f"images of {records.title} differ in size: {one}, {another}; set "
-        "config.data.image_size to bring them to one")
+      f"images of {records.title} differ in size: {one}, {another}; set "
+      "config.data.image_size to bring them to one"
+    )
 
 
 def _read_through(records, corrupt, view):
@@ -140,6 +154,7 @@ def _scan(records: Records) -> dict[str, np.ndarray]:
 
 def _examine(records: Records, view) -> tuple[dict[str, np.ndarray], list]:
   """What an index file holds, and view(image) of every readable image."""
+
   def examine(i):
     try:
       encoded, label = records.read(i)
@@ -150,20 +165,25 @@ def _examine(records: Records, view) -> tuple[dict[str, np.ndarray], list]:
       return f"{type(error).__name__}: {error}".splitlines()[0]
 
   good, bad, reasons = [], [], []
-  for i, result in enumerate(in_threads(
-      examine, range(len(records)), f"read {records.title}")):
+  for i, result in enumerate(
+    in_threads(examine, range(len(records)), f"read {records.title}")
+  ):
     if isinstance(result, str):
       bad.append(i)
       reasons.append(result)
     else:
       good.append((i, *result))
   rows, labels, digests, shapes, images = (
-      zip(*good, strict=True) if good else [()] * 5)
-  return {"rows": np.array(rows, np.int64), "labels": np.array(labels, np.int32),
-          "digests": np.array(digests, np.uint64),
-          "shapes": np.array(shapes, np.int64).reshape(-1, 2),
-          "bad": np.array(bad, np.int64), "reasons": np.array(reasons, str)
-          }, list(images)
+    zip(*good, strict=True) if good else [()] * 5
+  )
+  return {
+    "rows": np.array(rows, np.int64),
+    "labels": np.array(labels, np.int32),
+    "digests": np.array(digests, np.uint64),
+    "shapes": np.array(shapes, np.int64).reshape(-1, 2),
+    "bad": np.array(bad, np.int64),
+    "reasons": np.array(reasons, str),
+  }, list(images)
 
 
 def _judge(records: Records, bad, reasons, corrupt: str) -> None:
@@ -171,19 +191,25 @@ def _judge(records: Records, bad, reasons, corrupt: str) -> None:
   bad = bad.tolist()
   if not bad:
     return
-  named = "; ".join(f"{records.where(i)} ({reason})"
-                    for i, reason in zip(bad[:3], reasons[:3], strict=True))
+  named = "; ".join(
+    f"{records.where(i)} ({reason})"
+    for i, reason in zip(bad[:3], reasons[:3], strict=True)
+  )
   more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-  says = (f"{len(bad)} of {len(records)} images of {records.title} cannot be "
-          f"read: {named}{more}")
+  says = (
+    f"{len(bad)} of {len(records)} images of {records.title} cannot be "
+    f"read: {named}{more}"
+  )
   if corrupt != "skip" or len(bad) == len(records):
-    raise ValueError(f"{says}; repair or delete them, or set "
-                     "config.data.corrupt=skip to go on without them")
+    raise ValueError(
+      f"{says}; repair or delete them, or set "
+      "config.data.corrupt=skip to go on without them"
+    )
   logging.warning("%s; going on without them", says)
 
 
 def cached(
-    kind: str, records: Records, compute: Callable[[], dict[str, np.ndarray]],
+  kind: str, records: Records, compute: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
   """What `compute` returned for these files before, or returns now.
 
@@ -201,8 +227,9 @@ def cached(
   except FileNotFoundError:
     pass
   except Exception as error:  # a damaged cache file raises anything
-    logging.warning("%s cannot be used (%s); reading %s again", path, error,
-                    records.title)
+    logging.warning(
+      "%s cannot be used (%s); reading %s again", path, error, records.title
+    )
   arrays = compute()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +237,7 @@ def cached(
     np.savez(temporary, **arrays)
     os.replace(temporary, path)
   except OSError as error:
-    logging.warning("what was found in %s is not remembered: %s",
-                    records.title, error)
+    logging.warning(
+      "what was found in %s is not remembered: %s", records.title, error
+    )
   return arrays

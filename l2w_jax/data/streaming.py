@@ -7,6 +7,7 @@ a function of the root key and the step (see `order`), so the position in the da
 is the step that a checkpoint holds: resuming starts there, without reading what
 came before. Several hosts read disjoint rows of each batch, together all of it.
 """
+
 from __future__ import annotations
 
 import functools
@@ -28,18 +29,21 @@ AHEAD = 2  # batches that wait on the devices
 
 
 def make_batch_fn(
-    config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE,
+  config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE
 ) -> Callable[[Batch, Int[Array, ""]], Batch]:
   """(data, step) -> the batch of that step; `data` holds this device's images."""
   _, augment_key = order.keys(key)
 
   def batch_fn(data: Batch, step: Int[Array, ""]) -> Batch:
     draws = augment.draw(
-        config.data, jax.random.fold_in(augment_key, step), config.batch)
+      config.data, jax.random.fold_in(augment_key, step), config.batch
+    )
     draws = jax.tree.map(devices.own_halves, draws)
     images = augment.apply(config.data, data["image"], draws)
-    return {"image": augment.normalize(images, data["mean"], data["std"]),
-            "label": data["label"]}
+    return {
+      "image": augment.normalize(images, data["mean"], data["std"]),
+      "label": data["label"],
+    }
 
   return batch_fn
 
@@ -58,13 +62,23 @@ class StreamingFeed:
   whole = False  # data serves one step
   make_batch_fn = staticmethod(make_batch_fn)
 
-  def __init__(self, dataset: Dataset, config: ConfigDict, key: Array,
-               num_devices: int, rows: np.ndarray):
+  def __init__(
+    self,
+    dataset: Dataset,
+    config: ConfigDict,
+    key: Array,
+    num_devices: int,
+    rows: np.ndarray,
+  ):
     self._num_devices, self._rows = num_devices, rows
     self._samples = _samples(dataset, config, key, self._rows)
     self._replicated = parallel.replicate(
-        {"mean": np.asarray(dataset.mean, np.float32),
-         "std": np.asarray(dataset.std, np.float32)}, num_devices)
+      {
+        "mean": np.asarray(dataset.mean, np.float32),
+        "std": np.asarray(dataset.std, np.float32),
+      },
+      num_devices,
+    )
     self._batches, self._step, self._batch = None, None, None
 
   def data(self, step: int) -> Batch:
@@ -90,13 +104,17 @@ class StreamingFeed:
 
   def _start(self, step: int) -> Iterator[Batch]:
     from grain import experimental
-    batches = pipeline(
-        self._samples[step * len(self._rows):], len(self._rows))
-    batches = batches.map(lambda batch: {
+
+    batches = pipeline(self._samples[step * len(self._rows) :], len(self._rows))
+    batches = batches.map(
+      lambda batch: {
         name: parallel.put_rows(x, self._num_devices)
-        for name, x in zip(("image", "label"), batch, strict=True)})
-    return iter(experimental.ThreadPrefetchIterDataset(
-        batches, prefetch_buffer_size=AHEAD))
+        for name, x in zip(("image", "label"), batch, strict=True)
+      }
+    )
+    return iter(
+      experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
+    )
 
 
 def pipeline(samples, batch: int):
@@ -105,21 +123,30 @@ def pipeline(samples, batch: int):
   Samples are made by as many threads as there are cores, in order.
   """
   import grain
+
   threads = stored.num_threads()
-  return samples.to_iter_dataset(grain.ReadOptions(
-      num_threads=threads, prefetch_buffer_size=max(4 * threads, batch))).batch(
-          batch, batch_fn=lambda rows: tuple(
-              map(np.stack, zip(*rows, strict=True))))
+  return samples.to_iter_dataset(
+    grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=max(4 * threads, batch)
+    )
+  ).batch(
+    batch, batch_fn=lambda rows: tuple(map(np.stack, zip(*rows, strict=True)))
+  )
 
 
 def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
   """uint8 [≤ batch H W channels], every image once and in order."""
   import grain
   from grain import experimental
+
   samples = grain.MapDataset.range(len(images)).map(
-      lambda i: (images.middle(int(i)),))
-  found = iter(experimental.ThreadPrefetchIterDataset(
-      pipeline(samples, batch), prefetch_buffer_size=1))
+    lambda i: (images.middle(int(i)),)
+  )
+  found = iter(
+    experimental.ThreadPrefetchIterDataset(
+      pipeline(samples, batch), prefetch_buffer_size=1
+    )
+  )
   try:
     for (rows,) in found:
       yield rows
@@ -130,6 +157,7 @@ def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
 def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray):
   """Grain dataset of (image, label), one host's rows of all steps in a row."""
   import grain
+
   train, (order_key, augment_key) = dataset.train, order.keys(key)
   num_train = len(train.labels)
   steps = order.steps_per_epoch(num_train, config.batch)
@@ -151,8 +179,9 @@ def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray)
     if not crops:
       return train.images.middle(i), train.labels[i]
     # One stream of numbers for each image of the run, whoever reads it.
-    rng = np.random.Generator(np.random.Philox(
-        key=crop_seed, counter=[0, 0, 0, step * config.batch + row]))
+    rng = np.random.Generator(
+      np.random.Philox(key=crop_seed, counter=[0, 0, 0, step * config.batch + row])
+    )
     return train.images.random_crop(i, rng), train.labels[i]
 
   return grain.MapDataset.range(config.epochs * steps * len(rows)).map(sample)

@@ -5,6 +5,7 @@ here, because TFDS itself reads array_record only without TensorFlow and tfrecor
 only with it. A tfrecord is a row of frames of 8 bytes length, 4 bytes checksum,
 the record, 4 bytes checksum.
 """
+
 from __future__ import annotations
 
 import os
@@ -26,6 +27,7 @@ class TfdsRecords:
 
   def __init__(self, builder: Any, split: str):
     import tensorflow_datasets as tfds
+
     info = builder.info
     self.title = f"{info.name} {split}"
     self.files = [pathlib.Path(path) for path in info.splits[split].filepaths]
@@ -36,8 +38,9 @@ class TfdsRecords:
     self._ends = np.cumsum(info.splits[split].shard_lengths)
     missing = [path for path in self.files if not path.is_file()]
     if missing:
-      raise ValueError(f"{missing[0]} is missing from a prepared set; "
-                       "prepare it again")
+      raise ValueError(
+        f"{missing[0]} is missing from a prepared set; prepare it again"
+      )
     readers = {"array_record": _ArrayRecords, "tfrecord": _TfRecords}
     self._raw = readers[info.file_format.value](self)
 
@@ -48,7 +51,8 @@ class TfdsRecords:
   def read(self, i: int) -> tuple[bytes, int]:
     """(encoded image, label) of record i."""
     example = self._features.deserialize_example_np(
-        self._raw[i], decoders=self._decoders)
+      self._raw[i], decoders=self._decoders
+    )
     return example[self._image], int(example[self._label])
 
   def where(self, i: int) -> str:
@@ -63,9 +67,11 @@ class _ArrayRecords:
 
   def __init__(self, records: TfdsRecords):
     from array_record.python import array_record_data_source
+
     _allow_open_files(len(records.files))
     self._source = array_record_data_source.ArrayRecordDataSource(
-        [str(path) for path in records.files])
+      [str(path) for path in records.files]
+    )
     if len(self._source) != len(records):
       raise _other_count(records, len(self._source))
 
@@ -85,7 +91,8 @@ class _TfRecords:
 
   def __getitem__(self, i: int) -> bytes:
     shard, offset, length = (
-        int(self._frames[name][i]) for name in ("shards", "offsets", "lengths"))
+      int(self._frames[name][i]) for name in ("shards", "offsets", "lengths")
+    )
     # Opened for each read: a thousand files may not all be open at once.
     with self._files[shard].open("rb", buffering=0) as file:
       return os.pread(file.fileno(), length, offset)
@@ -93,19 +100,26 @@ class _TfRecords:
 
 def _other_count(records: TfdsRecords, found: int) -> ValueError:
   return ValueError(
-      f"the files of {records.title}, {records.files[0]} and on, hold {found} "
-      f"records, but their dataset_info.json says {len(records)}; prepare the "
-      "set again")
+    f"the files of {records.title}, {records.files[0]} and on, hold {found} "
+    f"records, but their dataset_info.json says {len(records)}; prepare the "
+    "set again"
+  )
 
 
 def _all_frames(files: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
-  frames = list(stored.in_threads(
-      lambda shard: tfrecord_frames(files[shard]), range(len(files)),
-      "find records", unit="file"))
+  frames = list(
+    stored.in_threads(
+      lambda shard: tfrecord_frames(files[shard]),
+      range(len(files)),
+      "find records",
+      unit="file",
+    )
+  )
   return {
-      "shards": np.repeat(np.arange(len(files)), [len(x) for x in frames]),
-      "offsets": np.concatenate([x[:, 0] for x in frames]),
-      "lengths": np.concatenate([x[:, 1] for x in frames])}
+    "shards": np.repeat(np.arange(len(files)), [len(x) for x in frames]),
+    "offsets": np.concatenate([x[:, 0] for x in frames]),
+    "lengths": np.concatenate([x[:, 1] for x in frames]),
+  }
 
 
 def tfrecord_frames(path: pathlib.Path) -> np.ndarray:
@@ -118,13 +132,13 @@ def tfrecord_frames(path: pathlib.Path) -> np.ndarray:
   with path.open("rb", buffering=0) as file:
     while start < size:
       header = os.pread(file.fileno(), HEADER, start)
-      length = (LENGTH.unpack_from(header)[0] if len(header) == HEADER
-                else size)
+      length = LENGTH.unpack_from(header)[0] if len(header) == HEADER else size
       end = start + HEADER + length + FOOTER
       if end > size:
         raise ValueError(
-            f"{path} is cut off or no tfrecord: record {len(frames)} should "
-            f"end at byte {end} of {size}; prepare the set again")
+          f"{path} is cut off or no tfrecord: record {len(frames)} should "
+          f"end at byte {end} of {size}; prepare the set again"
+        )
       frames.append((start + HEADER, length))
       start = end
   return np.array(frames, np.int64).reshape(-1, 2)
@@ -145,7 +159,7 @@ def _allow_open_files(count: int) -> None:
 
 
 def open_tfds(
-    name: str, data_dir: str,
+  name: str, data_dir: str
 ) -> tuple[TfdsRecords, TfdsRecords, tuple[str, ...]]:
   """(train, test, class names) of a prepared set; nothing is downloaded.
 
@@ -161,18 +175,21 @@ def open_tfds(
       images with one label each.
   """
   prepared = builder(name, data_dir)
-  prepare = (f"python -m l2w_jax.data.prepare {name}"
-             + (f" --data_dir={data_dir}" if data_dir else ""))
+  prepare = f"python -m l2w_jax.data.prepare {name}" + (
+    f" --data_dir={data_dir}" if data_dir else ""
+  )
   if not prepared.info.splits:
     raise ValueError(
-        f"tfds:{name} is not prepared in {prepared.data_path}; prepare it with "
-        f"{prepare} (it downloads the set), or set config.data.data_dir to the "
-        "directory that holds it")
+      f"tfds:{name} is not prepared in {prepared.data_path}; prepare it with "
+      f"{prepare} (it downloads the set), or set config.data.data_dir to the "
+      "directory that holds it"
+    )
   file_format = prepared.info.file_format.value
   if file_format not in ("array_record", "tfrecord"):
     raise ValueError(
-        f"{prepared.data_path} is in the format {file_format}; only array_record "
-        f"and tfrecord can be read. Prepare it again elsewhere with {prepare}")
+      f"{prepared.data_path} is in the format {file_format}; only array_record "
+      f"and tfrecord can be read. Prepare it again elsewhere with {prepare}"
+    )
   class_names = _class_names(name, prepared.info)
   splits = prepared.info.splits
   if "train" not in splits:
@@ -182,8 +199,10 @@ def open_tfds(
       records = TfdsRecords(prepared, split)
       if _is_labelled(records):
         return TfdsRecords(prepared, "train"), records, class_names
-  raise ValueError(f"tfds:{name} has no labelled test or validation split, only "
-                   f"{', '.join(splits)}")
+  raise ValueError(
+    f"tfds:{name} has no labelled test or validation split, only "
+    f"{', '.join(splits)}"
+  )
 
 
 def _is_labelled(records: TfdsRecords) -> bool:
@@ -201,31 +220,41 @@ def builder(name: str, data_dir: str) -> Any:
     ValueError: TFDS does not know the set, or the directory does not exist.
   """
   import tensorflow_datasets as tfds
+
   if data_dir and not pathlib.Path(data_dir).is_dir():
     raise ValueError(
-        f"no directory {data_dir} (config.data.data_dir); prepare a set in it "
-        f"with python -m l2w_jax.data.prepare {name} --data_dir={data_dir}")
+      f"no directory {data_dir} (config.data.data_dir); prepare a set in it "
+      f"with python -m l2w_jax.data.prepare {name} --data_dir={data_dir}"
+    )
   try:
     return tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
   except tfds.core.registered.DatasetNotFoundError as error:
     raise ValueError(
-        f"TensorFlow Datasets has no set {name!r}; see its catalogue, "
-        "https://www.tensorflow.org/datasets/catalog/overview") from error
+      f"TensorFlow Datasets has no set {name!r}; see its catalogue, "
+      "https://www.tensorflow.org/datasets/catalog/overview"
+    ) from error
   except ImportError as error:
-    raise ValueError(f"TensorFlow Datasets cannot describe {name!r} here: "
-                     f"{error}; install what it names") from error
+    raise ValueError(
+      f"TensorFlow Datasets cannot describe {name!r} here: "
+      f"{error}; install what it names"
+    ) from error
 
 
 def _class_names(name: str, info: Any) -> tuple[str, ...]:
   import tensorflow_datasets as tfds
+
   features = info.features
   keys = info.supervised_keys or ("image", "label")
-  if not (isinstance(features, dict | tfds.features.FeaturesDict)
-          and all(isinstance(key, str) and key in features for key in keys)
-          and len(keys) == 2
-          and isinstance(features[keys[0]], tfds.features.Image)
-          and isinstance(features[keys[1]], tfds.features.ClassLabel)
-          and features[keys[0]].shape[-1] in (1, 3)):
-    raise ValueError(f"tfds:{name} is not a set of images with one label each; "
-                     f"its features are {', '.join(features)}")
+  if not (
+    isinstance(features, dict | tfds.features.FeaturesDict)
+    and all(isinstance(key, str) and key in features for key in keys)
+    and len(keys) == 2
+    and isinstance(features[keys[0]], tfds.features.Image)
+    and isinstance(features[keys[1]], tfds.features.ClassLabel)
+    and features[keys[0]].shape[-1] in (1, 3)
+  ):
+    raise ValueError(
+      f"tfds:{name} is not a set of images with one label each; "
+      f"its features are {', '.join(features)}"
+    )
   return tuple(features[keys[1]].names)

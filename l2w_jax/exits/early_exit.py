@@ -22,6 +22,7 @@ finer scales, waits in the queue and is done for those who go on. The weights ar
 constants of the programs, which XLA:CPU runs faster than arguments. Shapes: N
 images, K exits, W the width.
 """
+
 from __future__ import annotations
 
 import functools
@@ -50,13 +51,21 @@ from l2w_jax.training import checkpoint
 # CPU the arrays of 32 images stay in its caches.
 WIDTHS = {"cpu": (1, 8, 32), "gpu": (1, 16, 256)}
 PASSES = {"cpu": 2}  # side by side in a call longer than a batch; others have 1
-NEEDED = ("num_classes", "image_shape", "class_names", "mean", "std",
-          "confidence", "chosen")  # of results.json
+NEEDED = (
+  "num_classes",
+  "image_shape",
+  "class_names",
+  "mean",
+  "std",
+  "confidence",
+  "chosen",
+)  # of results.json
 Numbers = ArrayLike | Sequence[float]
 
 
 class Answers(NamedTuple):
   """label int32 [N], exit int32 [N] counted from 0, confidence float32 [N]."""
+
   label: np.ndarray
   exit: np.ndarray
   confidence: np.ndarray
@@ -68,6 +77,7 @@ class State(NamedTuple):
   carry: what later stages need, a list of arrays [W …]; empty at the end.
   label, confidence: answer of the exit just passed.
   """
+
   carry: list[Array]
   label: Int[Array, " W"]
   confidence: Float[Array, " W"]
@@ -75,6 +85,7 @@ class State(NamedTuple):
 
 class _Waiting(NamedTuple):
   """Rows of a state whose images are due at a stage, and which images."""
+
   state: State
   rows: np.ndarray
   images: np.ndarray
@@ -95,9 +106,16 @@ class EarlyExit:
     ValueError: weights that are not finite, or thresholds that do not fit.
   """
 
-  def __init__(self, backbone: Backbone, variables: PyTree,
-               thresholds: Numbers, mean: Numbers, std: Numbers,
-               measure: str = "probability", class_names: tuple[str, ...] = ()):
+  def __init__(
+    self,
+    backbone: Backbone,
+    variables: PyTree,
+    thresholds: Numbers,
+    mean: Numbers,
+    std: Numbers,
+    measure: str = "probability",
+    class_names: tuple[str, ...] = (),
+  ):
     self.backbone, self.measure = backbone, measure
     self.class_names = class_names
     self.mean, self.std = np.float32(mean), np.float32(std)
@@ -108,36 +126,45 @@ class EarlyExit:
     self._examples: dict[tuple[int, Any], PyTree] = {}
     self._warm: set[int] = set()  # widths whose programs are compiled
     # Stages of one pass are jitted apart: the carry decides the shapes.
-    self._programs = [jax.jit(functools.partial(self.stage, k))
-                      for k in range(backbone.num_exits)]
+    self._programs = [
+      jax.jit(functools.partial(self.stage, k)) for k in range(backbone.num_exits)
+    ]
     # Each stage gathers by a function of its own, so that each can count.
-    self._gather = [jax.jit(functools.partial(_gather))
-                    for _ in range(backbone.num_exits)]
+    self._gather = [
+      jax.jit(functools.partial(_gather)) for _ in range(backbone.num_exits)
+    ]
     self._single = jax.jit(self._nested)
 
   def with_thresholds(self, thresholds: Numbers) -> EarlyExit:
     """The same compiled network with other thresholds [K]."""
     other = object.__new__(EarlyExit)
-    other.__dict__ = {**self.__dict__,
-                      "thresholds": self._checked_thresholds(thresholds)}
+    other.__dict__ = {
+      **self.__dict__,
+      "thresholds": self._checked_thresholds(thresholds),
+    }
     return other
 
   def compilations(self) -> list[int]:
     """[K] programs compiled for each stage so far, gathering included."""
-    return [stage._cache_size() + gather._cache_size() for stage, gather in
-            zip(self._programs, self._gather, strict=True)]
+    return [
+      stage._cache_size() + gather._cache_size()
+      for stage, gather in zip(self._programs, self._gather, strict=True)
+    ]
 
   def stage(self, k: int, state: ArrayLike | State) -> State:
     """Stage k as a pure function; the state of stage 0 is uint8 images."""
     width = (state if k == 0 else state.label).shape[0]
     if k == 0:
-      carry, before = augment.normalize(
-          state, jnp.asarray(self.mean), jnp.asarray(self.std)), None
+      carry, before = (
+        augment.normalize(state, jnp.asarray(self.mean), jnp.asarray(self.std)),
+        None,
+      )
     else:
       carry, *before = state
     logits, carry = self._split(k, width).now(carry)
     label, confidence = exit_policy.exit_confidence(
-        logits, self.measure, before and tuple(before))
+      logits, self.measure, before and tuple(before)
+    )
     last = k == self.backbone.num_exits - 1
     return State([] if last else carry, label, confidence)
 
@@ -153,7 +180,8 @@ class EarlyExit:
         before = earlier.later
       self._examples[k, width] = example
       self._splits[k, width] = deferral.split(
-          lambda x: self.backbone.stage(self.variables, k, before(x)), example)
+        lambda x: self.backbone.stage(self.variables, k, before(x)), example
+      )
     return self._splits[k, width]
 
   def predict(self, images: ArrayLike) -> Answers:
@@ -168,6 +196,7 @@ class EarlyExit:
     """
     images = self._checked(images)
     width = _width(len(images))
+
     def run(part):
       return _Pass(self, part, width).run()
 
@@ -200,13 +229,20 @@ class EarlyExit:
     width = _width(len(images))
     found = [[] for _ in self._programs]
     for start in range(0, len(images), width):
-      state = _padded(images[start:start + width], width)
+      state = _padded(images[start : start + width], width)
       for k, program in enumerate(self._programs):
         state = program(state)
         found[k].append((np.asarray(state.label), np.asarray(state.confidence)))
     return tuple(
-        np.stack([np.concatenate([part[i] for part in parts])[:len(images)]
-                  for parts in found], 1) for i in range(2))
+      np.stack(
+        [
+          np.concatenate([part[i] for part in parts])[: len(images)]
+          for parts in found
+        ],
+        1,
+      )
+      for i in range(2)
+    )
 
   def answer(self, image: ArrayLike) -> Answers:
     """The answer for one image [H W channels], decided on the device; N = 1.
@@ -226,8 +262,10 @@ class EarlyExit:
     for k in range(self.backbone.num_exits):
       stop = np.where(np.arange(self.backbone.num_exits) < k, np.inf, -np.inf)
       found.append(self._single(images, np.float32(stop)))
-    return (np.concatenate([a[0] for a in found]),
-            np.concatenate([a[2] for a in found]))
+    return (
+      np.concatenate([a[0] for a in found]),
+      np.concatenate([a[2] for a in found]),
+    )
 
   def _nested(self, images, thresholds):
     def run(k, state):
@@ -236,8 +274,11 @@ class EarlyExit:
       if k == self.backbone.num_exits - 1:
         return leave
       return lax.cond(
-          state.confidence[0] >= thresholds[k], lambda state: leave,
-          functools.partial(run, k + 1), state)
+        state.confidence[0] >= thresholds[k],
+        lambda state: leave,
+        functools.partial(run, k + 1),
+        state,
+      )
 
     return run(0, images)
 
@@ -245,17 +286,20 @@ class EarlyExit:
     images, shape = np.asarray(images), self.backbone.image_shape
     if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
       raise ValueError(
-          f"this network takes uint8 images [N {' '.join(map(str, shape))}], "
-          f"as it was trained on, at least one; got {images.dtype} "
-          f"{list(images.shape)}")
+        f"this network takes uint8 images [N {' '.join(map(str, shape))}], "
+        f"as it was trained on, at least one; got {images.dtype} "
+        f"{list(images.shape)}"
+      )
     return images
 
   def _checked_thresholds(self, thresholds: Numbers) -> np.ndarray:
     thresholds = np.asarray(thresholds, np.float32)
     num_exits = self.backbone.num_exits
     if thresholds.shape != (num_exits,) or np.isnan(thresholds).any():
-      raise ValueError(f"thresholds must be [{num_exits}], one number per exit; "
-                       f"got {thresholds.tolist()}")
+      raise ValueError(
+        f"thresholds must be [{num_exits}], one number per exit; "
+        f"got {thresholds.tolist()}"
+      )
     return thresholds
 
 
@@ -268,19 +312,24 @@ class _Pass:
     self._width = width
     self._waiting: list[_Waiting | None] = [None] * self._num_exits
     self._answers = Answers(
-        np.empty(num_images, np.int32), np.empty(num_images, np.int32),
-        np.empty(num_images, np.float32))
+      np.empty(num_images, np.int32),
+      np.empty(num_images, np.int32),
+      np.empty(num_images, np.float32),
+    )
 
   def run(self) -> Answers:
     everyone, started = np.arange(len(self._images)), None
     for start in range(0, len(self._images), self._width):
-      batch = self._images[start:start + self._width]
+      batch = self._images[start : start + self._width]
       state = self._network._programs[0](_padded(batch, self._width))
       # Read the answers of a batch when the device has the next one to work on.
       if started:
         self._leave(0, *started)
-      started = (state, np.arange(len(batch)),
-                 everyone[start:start + self._width])
+      started = (
+        state,
+        np.arange(len(batch)),
+        everyone[start : start + self._width],
+      )
     self._leave(0, *started)
     for k in range(1, self._num_exits):
       rest, self._waiting[k] = self._waiting[k], None
@@ -295,7 +344,8 @@ class _Pass:
   def _leave(self, k, state, rows, images) -> None:
     """Takes the answers of exit k, and queues who goes on."""
     label, confidence = (
-        np.asarray(x)[rows] for x in (state.label, state.confidence))
+      np.asarray(x)[rows] for x in (state.label, state.confidence)
+    )
     if k == self._num_exits - 1:
       leave = np.ones(len(rows), bool)
     else:
@@ -318,7 +368,7 @@ class _Pass:
       return
     index = np.zeros(width, np.int32)
     both = np.concatenate([old.rows, width + rows])[:width]
-    index[:len(both)] = both
+    index[: len(both)] = both
     joined = self._network._gather[k](old.state, state, index)
     images = np.concatenate([old.images, images])
     over = len(images) - width
@@ -326,12 +376,14 @@ class _Pass:
       self._waiting[k] = _Waiting(joined, np.arange(len(images)), images)
       return
     self._waiting[k] = (
-        _Waiting(state, rows[-over:], images[width:]) if over else None)
+      _Waiting(state, rows[-over:], images[width:]) if over else None
+    )
     self._run_stage(k, joined, np.arange(width), images[:width])
 
 
 def _gather(old: State, new: State, index: Int[Array, " W"]) -> State:
   """Rows of two states: index i < W takes old's row i, else new's i - W."""
+
   def take(a, b):
     from_old = (index < len(a)).reshape(-1, *[1] * (a.ndim - 1))
     return jnp.where(from_old, a[index % len(a)], b[index % len(a)])
@@ -350,22 +402,26 @@ def _padded(images: np.ndarray, width: int) -> np.ndarray:
 
 
 def _check_finite(variables: PyTree) -> None:
-  broken = [jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, x in jax.tree_util.tree_leaves_with_path(variables)
-            if not np.isfinite(x).all()]
+  broken = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, x in jax.tree_util.tree_leaves_with_path(variables)
+    if not np.isfinite(x).all()
+  ]
   if broken:
     raise ValueError(
-        f"the network's weights are not finite in {len(broken)} arrays, such as "
-        f"{broken[0]}, so images would have no exit; use a checkpoint from before "
-        "its training diverged")
+      f"the network's weights are not finite in {len(broken)} arrays, such as "
+      f"{broken[0]}, so images would have no exit; use a checkpoint from before "
+      "its training diverged"
+    )
 
 
 def _refuse_nan(confidence: np.ndarray) -> None:
   unknown = np.isnan(confidence).sum()
   if unknown:
     raise ValueError(
-        f"confidence is NaN for {unknown} of {len(confidence)} images, so they "
-        "have no exit; look for huge weights")
+      f"confidence is NaN for {unknown} of {len(confidence)} images, so they "
+      "have no exit; look for huge weights"
+    )
 
 
 def load(workdir: pathlib.Path | str) -> EarlyExit:
@@ -379,13 +435,20 @@ def load(workdir: pathlib.Path | str) -> EarlyExit:
   config = directory.read_config(workdir)
   results = directory.read_results(workdir, *NEEDED)
   backbone = models.build_backbone(
-      config.model, results["num_classes"], tuple(results["image_shape"]))
+    config.model, results["num_classes"], tuple(results["image_shape"])
+  )
   state, _ = checkpoint.restore(workdir, config, backbone)
   if int(state.step) != results["step"]:
     raise ValueError(
-        f"{workdir / 'results.json'} is of step {results['step']}, the latest "
-        f"checkpoint of step {int(state.step)}; run --mode=evaluate again")
+      f"{workdir / 'results.json'} is of step {results['step']}, the latest "
+      f"checkpoint of step {int(state.step)}; run --mode=evaluate again"
+    )
   return EarlyExit(
-      backbone, jax.device_get(state.variables),
-      np.float32(results["chosen"]["thresholds"]), results["mean"],
-      results["std"], results["confidence"], tuple(results["class_names"]))
+    backbone,
+    jax.device_get(state.variables),
+    np.float32(results["chosen"]["thresholds"]),
+    results["mean"],
+    results["std"],
+    results["confidence"],
+    tuple(results["class_names"]),
+  )

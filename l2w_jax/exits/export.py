@@ -10,6 +10,7 @@ first, what the stage before returned from its third result on for the others. I
 returns [label, confidence, …]. The batch size B is free, the weights are inside,
 and a file runs on cpu, cuda and tpu. `experiments/run_export.py` is a loader.
 """
+
 from __future__ import annotations
 
 import json
@@ -45,20 +46,23 @@ def export(workdir: pathlib.Path) -> pathlib.Path:
     files.append(f"stage_{k}.stablehlo")
     (partial / files[-1]).write_bytes(stage.serialize())
   manifest = {
-      "stages": files,
-      "thresholds": results["chosen"]["thresholds"],
-      "target": results["chosen"]["target"],
-      "confidence": network.measure,
-      "class_names": list(network.class_names),
-      "image_shape": list(network.backbone.image_shape),
-      "macs": network.backbone.macs.tolist(),
-      "platforms": list(PLATFORMS),
-      "jax": jax.__version__,
-      "calling_convention": stages[0].calling_convention_version,
-      "step": results["step"]}
+    "stages": files,
+    "thresholds": results["chosen"]["thresholds"],
+    "target": results["chosen"]["target"],
+    "confidence": network.measure,
+    "class_names": list(network.class_names),
+    "image_shape": list(network.backbone.image_shape),
+    "macs": network.backbone.macs.tolist(),
+    "platforms": list(PLATFORMS),
+    "jax": jax.__version__,
+    "calling_convention": stages[0].calling_convention_version,
+    "step": results["step"],
+  }
   (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-  np.savez(partial / "variables.npz", **traverse_util.flatten_dict(
-      network.variables, sep="/"))
+  np.savez(
+    partial / "variables.npz",
+    **traverse_util.flatten_dict(network.variables, sep="/"),
+  )
   directory.write_config(partial, directory.read_config(workdir))
   folder = workdir / "export"
   shutil.rmtree(folder, ignore_errors=True)
@@ -69,19 +73,22 @@ def export(workdir: pathlib.Path) -> pathlib.Path:
 def export_stages(network: early_exit.EarlyExit) -> list[jax_export.Exported]:
   """One function of a list of arrays per stage, with a symbolic batch size."""
   (batch,) = jax_export.symbolic_shape("b")
-  arguments = [jax.ShapeDtypeStruct(
-      (batch, *network.backbone.image_shape), np.uint8)]
+  arguments = [
+    jax.ShapeDtypeStruct((batch, *network.backbone.image_shape), np.uint8)
+  ]
   stages = []
   for k in range(network.backbone.num_exits):
+
     def stage(arrays, k=k):
       state = network.stage(
-          k, arrays[0] if k == 0 else early_exit.State(
-              arrays[2:], arrays[0], arrays[1]))
+        k,
+        arrays[0] if k == 0 else early_exit.State(arrays[2:], arrays[0], arrays[1]),
+      )
       return [state.label, state.confidence, *state.carry]
 
-    exported = jax_export.export(
-        jax.jit(stage), platforms=PLATFORMS)(arguments)
+    exported = jax_export.export(jax.jit(stage), platforms=PLATFORMS)(arguments)
     stages.append(exported)
-    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-                 for aval in exported.out_avals]
+    arguments = [
+      jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.out_avals
+    ]
   return stages

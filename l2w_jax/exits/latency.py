@@ -13,6 +13,7 @@ NumPy arrays and answers read back.
                twice, with the device or the host deciding; larger batches
                also as one long call, whose queues stay full
 """
+
 from __future__ import annotations
 
 import json
@@ -41,6 +42,7 @@ class Way(NamedTuple):
 
   images: how many one call answers. macs: simulated mean cost per image.
   """
+
   row: dict[str, Any]
   call: Callable[[np.ndarray], Any]
   images: int
@@ -60,26 +62,30 @@ def measure(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   network = early_exit.load(workdir)
   results = directory.read_results(workdir)
   dataset = sources.load(config.data)
-  directory.check_same_images(
-      workdir, dataset.num_classes, dataset.image_shape)
+  directory.check_same_images(workdir, dataset.num_classes, dataset.image_shape)
   points = {f"target {results['chosen']['target']}": network.thresholds}
   for row in results["budgeted"]:
     if row["q"] in QS:
       points[f"q = {row['q']:g}"] = np.float32(row["thresholds"])
   rows = time_all(network, dataset.test.images, points)
   latency = {
-      "step": results["step"],
-      "device": {"platform": jax.default_backend(),
-                 "kind": jax.local_devices()[0].device_kind},
-      "jax": jax.__version__, "rows": rows}
-  files.write(
-      workdir / "latency.json", json.dumps(latency, indent=2) + "\n")
+    "step": results["step"],
+    "device": {
+      "platform": jax.default_backend(),
+      "kind": jax.local_devices()[0].device_kind,
+    },
+    "jax": jax.__version__,
+    "rows": rows,
+  }
+  files.write(workdir / "latency.json", json.dumps(latency, indent=2) + "\n")
   return latency
 
 
 def time_all(
-    network: early_exit.EarlyExit, images: np.ndarray,
-    points: dict[str, np.ndarray], calls: dict[int, tuple[int, int]] = CALLS,
+  network: early_exit.EarlyExit,
+  images: np.ndarray,
+  points: dict[str, np.ndarray],
+  calls: dict[int, tuple[int, int]] = CALLS,
 ) -> list[dict[str, Any]]:
   """Rows of latency.json.
 
@@ -100,14 +106,14 @@ def time_all(
         ways = _ways(network, own, points, batch)
         network.warm_up(batch)
         for way in ways:
-          way.call(own[:way.images])
+          way.call(own[: way.images])
       seconds = {i: [] for i in range(len(ways))}
       for r in range(rounds):
         for i, way in enumerate(ways):
           for call in range(r * in_a_row, (r + 1) * in_a_row):
             start = 0 if way.images > batch else call * batch
             began = time.perf_counter()
-            way.call(own[start:start + way.images])
+            way.call(own[start : start + way.images])
             seconds[i].append(time.perf_counter() - began)
         done += 1
         progress.update(done, {"batch": batch})
@@ -121,13 +127,18 @@ def _ways(network, images, points, batch) -> list[Way]:
   ways = []
   last = num_exits - 1
   kinds = [("full", "all exits", last, slice(None))] + [
-      ("anytime", f"exit {k + 1}", k, slice(k, None)) for k in range(num_exits)]
+    ("anytime", f"exit {k + 1}", k, slice(k, None)) for k in range(num_exits)
+  ]
   for kind, point, k, kept in kinds:
-    program = jax.jit(
-        lambda x, k=k, kept=kept: _answers(network, x, k)[kept])
-    ways.append(Way({"kind": kind, "point": point},
-                    lambda x, f=program: jax.device_get(f(x)), batch,
-                    float(macs[k])))
+    program = jax.jit(lambda x, k=k, kept=kept: _answers(network, x, k)[kept])
+    ways.append(
+      Way(
+        {"kind": kind, "point": point},
+        lambda x, f=program: jax.device_get(f(x)),
+        batch,
+        float(macs[k]),
+      )
+    )
   _, confidence = network.simulate(images)
   for name, thresholds in points.items():
     taken = np.asarray(exit_policy.exits_taken(confidence, thresholds))
@@ -135,14 +146,26 @@ def _ways(network, images, points, batch) -> list[Way]:
     other = network.with_thresholds(thresholds)
     if batch == 1:
       ways += [
-          Way({"kind": "early", "point": name, "decides": "device"},
-              lambda x, n=other: n.answer(x[0]), 1, cost),
-          Way({"kind": "early", "point": name, "decides": "host"},
-              other.predict, 1, cost)]
+        Way(
+          {"kind": "early", "point": name, "decides": "device"},
+          lambda x, n=other: n.answer(x[0]),
+          1,
+          cost,
+        ),
+        Way(
+          {"kind": "early", "point": name, "decides": "host"},
+          other.predict,
+          1,
+          cost,
+        ),
+      ]
     else:
       ways += [
-          Way({"kind": "early", "point": name, "call": size}, other.predict,
-              size, cost) for size in (batch, len(images))]
+        Way(
+          {"kind": "early", "point": name, "call": size}, other.predict, size, cost
+        )
+        for size in (batch, len(images))
+      ]
   return ways
 
 
@@ -163,9 +186,17 @@ def _rows(ways, seconds, batch) -> list[dict[str, Any]]:
     p50, p95 = 1e3 * np.percentile(seconds[i], [50, 95])
     speedup = per_image[full] / per_image[i]
     promised = ways[full].macs / way.macs
-    rows.append({
-        **way.row, "batch": batch, "calls": len(seconds[i]), "macs": way.macs,
-        "p50_ms": float(p50), "p95_ms": float(p95),
+    rows.append(
+      {
+        **way.row,
+        "batch": batch,
+        "calls": len(seconds[i]),
+        "macs": way.macs,
+        "p50_ms": float(p50),
+        "p95_ms": float(p95),
         "images_per_second": float(1 / per_image[i]),
-        "speedup": float(speedup), "speedup_by_macs": float(promised)})
+        "speedup": float(speedup),
+        "speedup_by_macs": float(promised),
+      }
+    )
   return rows

@@ -134,13 +134,9 @@ def _search(
       due = jnp.minimum(due, waiting)
     open_ = (due > 0) & (due <= waiting)
     nobody = jnp.zeros_like(present)
-    (equal, above, _), bits = lax.scan(
-      one_bit, (present, nobody, due), planes_k
-    )
+    (equal, above, _), bits = lax.scan(one_bit, (present, nobody, due), planes_k)
     key = (bits.astype(keys.dtype) << shifts).sum(dtype=keys.dtype)
-    threshold = jnp.where(
-      open_, _from_ordered_bits(key, confidence.dtype), jnp.inf
-    )
+    threshold = jnp.where(open_, _from_ordered_bits(key, confidence.dtype), jnp.inf)
     leaves = jnp.where(open_, equal | above, nobody)
     return present & ~leaves, threshold.astype(confidence.dtype)
 

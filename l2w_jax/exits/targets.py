@@ -12,6 +12,7 @@ All but `risk` hold on the calibration split itself and promise nothing of other
 samples. `dominate` searches beyond the family. Shapes: N samples of the
 calibration split, K exits, Q threshold vectors; cost in MACs per sample.
 """
+
 from __future__ import annotations
 
 import math
@@ -29,12 +30,14 @@ _NUMBERS = {"q": 1, "macs": 1, "accuracy": 1, "risk": 2}
 
 class Target(NamedTuple):
   """kind: q, macs, accuracy or risk; values: its numbers."""
+
   kind: str
   values: tuple[float, ...]
 
 
 class Choice(NamedTuple):
   """Thresholds [K] and what they give on the calibration split."""
+
   thresholds: np.ndarray
   accuracy: float
   macs: float
@@ -59,16 +62,22 @@ def parse(text: str) -> Target:
   if kind == "q" and values[0] == 0:
     raise ValueError(f"target {text!r} needs q above 0")
   if kind in ("accuracy", "risk") and values[0] > 1:
-    raise ValueError(f"target {text!r} is a fraction, at most 1; did you mean "
-                     f"{kind}:{values[0] / 100:g}?")
+    raise ValueError(
+      f"target {text!r} is a fraction, at most 1; did you mean "
+      f"{kind}:{values[0] / 100:g}?"
+    )
   if kind == "risk" and not 0 < values[1] < 1:
     raise ValueError(f"target {text!r} needs a DELTA between 0 and 1")
   return Target(kind, values)
 
 
 def choose(
-    target: Target, confidence: ArrayLike, correct: ArrayLike,
-    macs: ArrayLike, calibration: str = "held_out") -> Choice:
+  target: Target,
+  confidence: ArrayLike,
+  correct: ArrayLike,
+  macs: ArrayLike,
+  calibration: str = "held_out",
+) -> Choice:
   """Thresholds that reach a target on the calibration split.
 
   Args:
@@ -84,13 +93,18 @@ def choose(
   # Refuses bad splits before anything is searched.
   exit_policy.exits_taken(confidence, np.zeros(np.shape(macs)))
   exit_policy.anytime(correct, macs)
-  split = (np.asarray(confidence), np.asarray(correct, bool),
-           np.asarray(macs, np.float64))
+  split = (
+    np.asarray(confidence),
+    np.asarray(correct, bool),
+    np.asarray(macs, np.float64),
+  )
   match target.kind:
     case "q":
       found = exit_policy.find_thresholds(
-          confidence, exit_policy.proportions(target.values[0], len(split[2])),
-          calibration=calibration)
+        confidence,
+        exit_policy.proportions(target.values[0], len(split[2])),
+        calibration=calibration,
+      )
       return _choice(*split, np.asarray(found))
     case "macs":
       return _for_macs(*split, target.values[0], calibration)
@@ -106,8 +120,9 @@ def _for_macs(confidence, correct, macs, most, calibration) -> Choice:
   allowed = cost <= most
   if not allowed.any():
     raise ValueError(
-        f"no thresholds cost at most {most:g} MACs on average: the nearest is "
-        f"{cost.min():g}, where everyone leaves at the first exit")
+      f"no thresholds cost at most {most:g} MACs on average: the nearest is "
+      f"{cost.min():g}, where everyone leaves at the first exit"
+    )
   # Of equally accurate ones the cheapest.
   best = max(np.flatnonzero(allowed), key=lambda i: (right[i], -cost[i]))
   return _choice(confidence, correct, macs, family[best])
@@ -121,15 +136,17 @@ def _for_accuracy(confidence, correct, macs, least, calibration) -> Choice:
   if not allowed.any():
     near = max(range(len(family)), key=lambda i: (right[i], -cost[i]))
     raise ValueError(
-        f"no thresholds reach accuracy {least:g} on the {len(correct)} "
-        f"calibration samples: the nearest is {right[near] / len(correct):.4f},"
-        f" at {cost[near]:g} MACs")
+      f"no thresholds reach accuracy {least:g} on the {len(correct)} "
+      f"calibration samples: the nearest is {right[near] / len(correct):.4f},"
+      f" at {cost[near]:g} MACs"
+    )
   best = min(np.flatnonzero(allowed), key=lambda i: (cost[i], -right[i]))
   return _choice(confidence, correct, macs, family[best])
 
 
 def _for_risk(
-    confidence, correct, macs, most, delta, calibration, seed=0) -> Choice:
+  confidence, correct, macs, most, delta, calibration, seed=0
+) -> Choice:
   """Learn Then Test by fixed-sequence testing (Angelopoulos et al., 2021).
 
   A sample is harmed if the full network is right and its early answer is not,
@@ -160,9 +177,14 @@ def _for_risk(
 
 
 def dominate(
-    confidence: ArrayLike, correct: ArrayLike, macs: ArrayLike,
-    thresholds: ArrayLike, rounds: int = 150, children: int = 5,
-    seed: int = 0) -> np.ndarray:
+  confidence: ArrayLike,
+  correct: ArrayLike,
+  macs: ArrayLike,
+  thresholds: ArrayLike,
+  rounds: int = 150,
+  children: int = 5,
+  seed: int = 0,
+) -> np.ndarray:
   """Thresholds at least as accurate as those given, at no more mean MACs.
 
   Both on the calibration split, exactly, for every row; on other samples it
@@ -188,17 +210,22 @@ def dominate(
   right, cost = _score(confidence, correct, macs, best)
   budget = cost.copy()
   # Position r of an exit's thresholds lets its r most confident samples go.
-  ranked = np.concatenate([
+  ranked = np.concatenate(
+    [
       np.full((1, num_exits), np.inf, confidence.dtype),
-      np.sort(confidence, 0)[::-1]])
+      np.sort(confidence, 0)[::-1],
+    ]
+  )
   columns = np.arange(num_exits)
 
   def position(found):
-    return np.stack([np.searchsorted(-ranked[:, k], -found[:, k], "right") - 1
-                     for k in columns], 1)
+    return np.stack(
+      [np.searchsorted(-ranked[:, k], -found[:, k], "right") - 1 for k in columns],
+      1,
+    )
 
   for i in range(rounds):
-    scale = num_samples * 0.3 * 0.01**(i / rounds)
+    scale = num_samples * 0.3 * 0.01 ** (i / rounds)
     parents = np.repeat(position(best), children, 0)
     moves = rng.normal(scale=scale, size=parents.shape)
     moves *= rng.random(parents.shape) < 0.5
@@ -222,8 +249,10 @@ def _family(confidence: np.ndarray, calibration: str) -> np.ndarray:
   """[Q K] thresholds; the first lets everyone go at once, the last nobody."""
   num_exits = confidence.shape[1]
   inside = exit_policy.find_thresholds(
-      confidence, exit_policy.proportions(FAMILY_QS, num_exits),
-      calibration=calibration)
+    confidence,
+    exit_policy.proportions(FAMILY_QS, num_exits),
+    calibration=calibration,
+  )
   all_first, all_last = np.full((2, 1, num_exits), -np.inf, confidence.dtype)
   all_last[:, :-1] = np.inf
   return np.concatenate([all_first, np.asarray(inside), all_last])
@@ -232,12 +261,12 @@ def _family(confidence: np.ndarray, calibration: str) -> np.ndarray:
 def _score(confidence, correct, macs, thresholds):
   """(samples right [Q], mean MACs [Q]), exact up to one float64 division."""
   right, left = exit_policy.counts(confidence, correct, thresholds)
-  return (np.asarray(right).sum(-1),
-          np.asarray(left) @ macs / len(confidence))
+  return (np.asarray(right).sum(-1), np.asarray(left) @ macs / len(confidence))
 
 
 def _choice(confidence, correct, macs, thresholds) -> Choice:
   right, left = exit_policy.counts(confidence, correct, thresholds)
   exits = np.asarray(left) / len(confidence)
-  return Choice(thresholds, int(right.sum()) / len(confidence),
-                float(exits @ macs), exits)
+  return Choice(
+    thresholds, int(right.sum()) / len(confidence), float(exits @ macs), exits
+  )

@@ -4,6 +4,7 @@ Dividing the logits of exit k by a temperature T_k, fitted by the likelihood of 
 calibration split, changes no prediction (Guo et al., ICML 2017). Shapes: N
 samples, K exits, C classes, M bins.
 """
+
 from __future__ import annotations
 
 import jax
@@ -34,12 +35,15 @@ def fit(logits: ArrayLike, labels: ArrayLike) -> Float[Array, " K"]:
   logits, labels = jnp.asarray(logits), jnp.asarray(labels)
   if logits.ndim != 3 or not len(logits) or labels.shape != logits.shape[:1]:
     raise ValueError(
-        "temperatures need logits [N K C] of at least one sample and labels "
-        f"[N]; got {logits.shape} and {labels.shape}. Is the split empty?")
+      "temperatures need logits [N K C] of at least one sample and labels "
+      f"[N]; got {logits.shape} and {labels.shape}. Is the split empty?"
+    )
   unknown = np.isnan(np.asarray(logits)).any((1, 2)).sum()
   if unknown:
-    raise ValueError(f"the logits of {unknown} of {len(logits)} samples hold "
-                     "NaN, so no temperature fits them")
+    raise ValueError(
+      f"the logits of {unknown} of {len(logits)} samples hold "
+      "NaN, so no temperature fits them"
+    )
   return _fit(logits, labels)
 
 
@@ -63,14 +67,15 @@ def _fit(logits, labels):
 
 
 def scaled_confidence(
-    logits: ArrayLike, temperatures: ArrayLike) -> Float[Array, "N K"]:
+  logits: ArrayLike, temperatures: ArrayLike
+) -> Float[Array, "N K"]:
   """Largest softmax probability of logits / T, [N K]."""
   scaled = jnp.asarray(logits) / jnp.asarray(temperatures)[:, None]
   return jax.nn.softmax(scaled, -1).max(-1)
 
 
 def calibration_error(
-    confidence: ArrayLike, correct: ArrayLike, num_bins: int = NUM_BINS,
+  confidence: ArrayLike, correct: ArrayLike, num_bins: int = NUM_BINS
 ) -> np.ndarray:
   """Expected calibration error of each exit, [K], a fraction.
 
@@ -84,6 +89,9 @@ def calibration_error(
   """
   confidence, correct = np.asarray(confidence, float), np.asarray(correct)
   bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-  return np.array([
+  return np.array(
+    [
       np.abs(np.bincount(bins[:, k], correct[:, k] - confidence[:, k])).sum()
-      for k in range(confidence.shape[1])]) / len(confidence)
+      for k in range(confidence.shape[1])
+    ]
+  ) / len(confidence)

@@ -3,6 +3,7 @@
 Shapes: B = samples, K = exits, C = classes. Losses are in nats. All functions
 stay unreduced: what a loss weighs is decided by `weighting` and `allocation`.
 """
+
 from __future__ import annotations
 
 import jax
@@ -11,8 +12,10 @@ from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
-    logits: Float[Array, "B K C"], labels: Int[Array, " B"],
-    label_smoothing: float = 0.0) -> Float[Array, "B K"]:
+  logits: Float[Array, "B K C"],
+  labels: Int[Array, " B"],
+  label_smoothing: float = 0.0,
+) -> Float[Array, "B K"]:
   """Cross-entropy ℓ[i,k] of sample i at exit k in nats, not reduced.
 
   Args:
@@ -33,8 +36,11 @@ def cross_entropy(
 
 
 def self_distillation(
-    logits: Float[Array, "B K C"], labels: Int[Array, " B"],
-    label_smoothing: float, share: float, temperature: float,
+  logits: Float[Array, "B K C"],
+  labels: Int[Array, " B"],
+  label_smoothing: float,
+  share: float,
+  temperature: float,
 ) -> Float[Array, "B K"]:
   """Earlier exits also learn from the soft labels of the last one.
 
@@ -50,8 +56,7 @@ def self_distillation(
     losses in nats.
   """
   losses = cross_entropy(logits, labels, label_smoothing)
-  log_p = jax.nn.log_softmax(
-      _at_least_float32(logits) / temperature, axis=-1)
+  log_p = jax.nn.log_softmax(_at_least_float32(logits) / temperature, axis=-1)
   teacher = jax.lax.stop_gradient(log_p[:, -1:])
   divergence = (jnp.exp(teacher) * (teacher - log_p)).sum(axis=-1)
   mixed = (1 - share) * losses + share * temperature**2 * divergence

@@ -25,6 +25,7 @@ which take the same `LookAhead`.
 Networks, optimizers and devices come in as functions; nothing here knows them.
 Shapes: B = samples on this device, K = exits. Losses are in nats.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -50,9 +51,11 @@ def backbone_gradient(pull: Pull, weights: Float[Array, "B K"]) -> Params:
 
 
 def pseudo_update(
-    pull: Pull, weights: Float[Array, "B K"],
-    sgd_step: Callable[[Params], Params],
-    average: Callable[[Params], Params]) -> Params:
+  pull: Pull,
+  weights: Float[Array, "B K"],
+  sgd_step: Callable[[Params], Params],
+  average: Callable[[Params], Params],
+) -> Params:
   """Θ̂, the look-ahead backbone of Eq. 7.
 
   Args:
@@ -83,6 +86,7 @@ class LookAhead(NamedTuple):
     (Φ, (Θ, opt_state), part) -> (Θ, opt_state). Only `wpn_gradient_unroll` reads
     them.
   """
+
   params: Params
   losses_fn: Callable[[Params], Float[Array, "B K"]]
   pull: Pull
@@ -101,9 +105,11 @@ MetaGradient = tuple[tuple[Float[Array, ""], Any], Params]
 
 def wpn_gradient(wpn_params: Params, look: LookAhead) -> MetaGradient:
   """((L_meta, aux), ∇_Φ L_meta(Θ̂(Φ))): Eq. 8 as it is defined, exact."""
+
   def pseudo_params(wpn_params):
     return pseudo_update(
-        look.pull, look.weights_fn(wpn_params), look.sgd_step, look.average)
+      look.pull, look.weights_fn(wpn_params), look.sgd_step, look.average
+    )
 
   return _differentiate(pseudo_params, wpn_params, look)
 
@@ -119,6 +125,7 @@ def wpn_gradient_jvp(wpn_params: Params, look: LookAhead) -> MetaGradient:
   is how fast ℓ[i,k] changes along -α v, which `jax.jvp` gives for the whole
   matrix at once. Exact.
   """
+
   def slopes(direction):
     params = look.again(look.params, direction)
     return jax.jvp(look.losses_fn, (params,), (direction,))[1]
@@ -127,7 +134,8 @@ def wpn_gradient_jvp(wpn_params: Params, look: LookAhead) -> MetaGradient:
 
 
 def wpn_gradient_finite_difference(
-    wpn_params: Params, look: LookAhead) -> MetaGradient:
+  wpn_params: Params, look: LookAhead
+) -> MetaGradient:
   """`wpn_gradient` by two more forward passes, as DARTS approximates it.
 
       ∂L_meta/∂w[i,k] ≈ -(α/B) (ℓ[i,k](Θ + h v) - ℓ[i,k](Θ - h v)) / 2h
@@ -137,21 +145,22 @@ def wpn_gradient_finite_difference(
   looks at the losses at Θ in both. Wrong by O(h²), by ReLUs that switch in
   between, and by the rounding of ℓ over h.
   """
+
   def slopes(direction):
     squares = sum(jnp.vdot(x, x) for x in jax.tree.leaves(direction))
     h = FINITE_STEP / jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares).tiny))
 
     def losses_at(h):
       return look.losses_fn(
-          jax.tree.map(lambda p, d: p + h * d, look.params, direction))
+        jax.tree.map(lambda p, d: p + h * d, look.params, direction)
+      )
 
     return (losses_at(h) - losses_at(-h)) / (2 * h)
 
   return _from_slopes(slopes, wpn_params, look)
 
 
-def wpn_gradient_first_order(
-    wpn_params: Params, look: LookAhead) -> MetaGradient:
+def wpn_gradient_first_order(wpn_params: Params, look: LookAhead) -> MetaGradient:
   """`wpn_gradient` for a look-ahead to which all samples of an exit look alike.
 
   Every ∇_Θ ℓ[i,k] is replaced by its mean over the batch:
@@ -165,17 +174,19 @@ def wpn_gradient_first_order(
   centred weights keep their sum. Weights centred over the batch keep the sum of
   each exit, so there even this form gives 0, and `config` refuses it.
   """
+
   def slopes(direction):
     per_sample = jax.jvp(look.losses_fn, (look.params,), (direction,))[1]
-    return jnp.broadcast_to(
-        look.average(per_sample.mean(axis=0)), per_sample.shape)
+    return jnp.broadcast_to(look.average(per_sample.mean(axis=0)), per_sample.shape)
 
   return _from_slopes(slopes, wpn_params, look)
 
 
 def _from_slopes(
-    slopes: Callable[[Params], Float[Array, "B K"]],
-    wpn_params: Params, look: LookAhead) -> MetaGradient:
+  slopes: Callable[[Params], Float[Array, "B K"]],
+  wpn_params: Params,
+  look: LookAhead,
+) -> MetaGradient:
   """Eq. 8 from how fast each loss changes along a direction in Θ.
 
   The direction is v pulled back through the SGD step, which keeps -α v of it:
@@ -185,10 +196,12 @@ def _from_slopes(
   """
   weights, pull_weights = jax.vjp(look.weights_fn, wpn_params)
   pseudo_params, pull_step = jax.vjp(
-      lambda gradient: look.sgd_step(look.average(gradient)),
-      backbone_gradient(look.pull, weights))
-  (meta_loss, aux), v = jax.value_and_grad(
-      look.meta_loss_fn, has_aux=True)(pseudo_params)
+    lambda gradient: look.sgd_step(look.average(gradient)),
+    backbone_gradient(look.pull, weights),
+  )
+  (meta_loss, aux), v = jax.value_and_grad(look.meta_loss_fn, has_aux=True)(
+    pseudo_params
+  )
   (direction,) = pull_step(v)
   (gradient,) = pull_weights(slopes(direction) / weights.shape[0])
   return (look.average(meta_loss), aux), look.average(gradient)
@@ -205,32 +218,34 @@ def wpn_gradient_unroll(wpn_params: Params, look: LookAhead) -> MetaGradient:
   only and is computed anew backwards (`jax.checkpoint`): memory grows by a copy
   of Θ and the momentum per step. With T = 1 it is `wpn_gradient`.
   """
+
   def pseudo_params(wpn_params):
     def step(carry, part):
       return look.inner_step(wpn_params, carry, part), None
 
     (params, _), _ = jax.lax.scan(
-        jax.checkpoint(step), (look.params, look.opt_state), look.parts)
+      jax.checkpoint(step), (look.params, look.opt_state), look.parts
+    )
     return params
 
   return _differentiate(pseudo_params, wpn_params, look)
 
 
 def _differentiate(
-    pseudo_params: Callable[[Params], Params], wpn_params: Params,
-    look: LookAhead) -> MetaGradient:
+  pseudo_params: Callable[[Params], Params], wpn_params: Params, look: LookAhead
+) -> MetaGradient:
   """`jax.grad` of L_meta after a look-ahead, Φ -> Θ̂."""
   (meta_loss, aux), gradient = jax.value_and_grad(
-      lambda wpn_params: look.meta_loss_fn(pseudo_params(wpn_params)),
-      has_aux=True)(wpn_params)
+    lambda wpn_params: look.meta_loss_fn(pseudo_params(wpn_params)), has_aux=True
+  )(wpn_params)
   return (look.average(meta_loss), aux), look.average(gradient)
 
 
 # Name in config.meta.estimator -> estimator of Eq. 8.
 ESTIMATORS = {
-    "grad": wpn_gradient,
-    "jvp": wpn_gradient_jvp,
-    "finite_difference": wpn_gradient_finite_difference,
-    "first_order": wpn_gradient_first_order,
-    "unroll": wpn_gradient_unroll,
+  "grad": wpn_gradient,
+  "jvp": wpn_gradient_jvp,
+  "finite_difference": wpn_gradient_finite_difference,
+  "first_order": wpn_gradient_first_order,
+  "unroll": wpn_gradient_unroll,
 }

@@ -10,6 +10,7 @@ nothing is clipped. Weights that are not learned, to compare with, are below.
 Shapes: B = samples on this device, K = exits, N = samples of a half over all
 devices.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -25,8 +26,8 @@ def num_features(inputs: str, num_exits: int) -> int:
 
 
 def features(
-    losses: Float[Array, "B K"], confidence: Float[Array, "B K"],
-    inputs: str) -> Float[Array, "B F"]:
+  losses: Float[Array, "B K"], confidence: Float[Array, "B K"], inputs: str
+) -> Float[Array, "B F"]:
   """WPN input, detached: losses, confidences, or both side by side.
 
   The gradient stops here, so neither Eq. 7 nor Eq. 9 differentiates a weight
@@ -37,22 +38,24 @@ def features(
 
 
 def attached_features(
-    losses: Float[Array, "B K"], confidence: Float[Array, "B K"],
-    inputs: str) -> Float[Array, "B F"]:
+  losses: Float[Array, "B K"], confidence: Float[Array, "B K"], inputs: str
+) -> Float[Array, "B F"]:
   """`features` before the gradient stops, for a look-ahead of several steps.
 
   There Θ itself depends on Φ after the first step, and so do the losses.
   """
   return {
-      "loss": losses,
-      "confidence": confidence,
-      "both": jnp.concatenate([losses, confidence], axis=1),
+    "loss": losses,
+    "confidence": confidence,
+    "both": jnp.concatenate([losses, confidence], axis=1),
   }[inputs]
 
 
 def sample_weights(
-    output: Float[Array, "B K"], epsilon: float, center_over: str,
-    average: Callable[[Array], Array] = lambda mean: mean,
+  output: Float[Array, "B K"],
+  epsilon: float,
+  center_over: str,
+  average: Callable[[Array], Array] = lambda mean: mean,
 ) -> Float[Array, "B K"]:
   """Weights w = 1 + ε (u - mean u) of mean 1 over `center_over`.
 
@@ -77,20 +80,19 @@ def check_exit_weights(exit_weights: Sequence[float], num_exits: int) -> None:
   """Raises ValueError unless there is one weight for each exit."""
   if len(exit_weights) != num_exits:
     raise ValueError(
-        "method fixed needs config.baseline.exit_weights with one weight for "
-        f"each of the {num_exits} exits; got {tuple(exit_weights)}")
+      "method fixed needs config.baseline.exit_weights with one weight for "
+      f"each of the {num_exits} exits; got {tuple(exit_weights)}"
+    )
 
 
 def fixed(
-    losses: Float[Array, "B K"], exit_weights: Sequence[float],
+  losses: Float[Array, "B K"], exit_weights: Sequence[float]
 ) -> Float[Array, "B K"]:
   """The same weight for every sample, exit_weights[k] at exit k."""
-  return jnp.broadcast_to(
-      jnp.asarray(exit_weights, losses.dtype), losses.shape)
+  return jnp.broadcast_to(jnp.asarray(exit_weights, losses.dtype), losses.shape)
 
 
-def random_output(
-    key: Array, losses: Float[Array, "N K"]) -> Float[Array, "N K"]:
+def random_output(key: Array, losses: Float[Array, "N K"]) -> Float[Array, "N K"]:
   """In the place of the WPN output: uniform in (-1, 1), blind to the sample."""
   return jax.random.uniform(key, losses.shape, losses.dtype, -1, 1)
 

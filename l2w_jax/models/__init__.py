@@ -1,4 +1,5 @@
 """Backbones, by an explicit table."""
+
 from __future__ import annotations
 
 from ml_collections import ConfigDict
@@ -11,8 +12,8 @@ BACKBONES = {"msdnet": MSDNet, "ranet": RANet}
 
 
 def build_backbone(
-    config: ConfigDict, num_classes: int,
-    image_shape: tuple[int, int, int]) -> Backbone:
+  config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]
+) -> Backbone:
   """Backbone of a model config (`config.model`).
 
   Args:
@@ -24,18 +25,21 @@ def build_backbone(
     ValueError: unknown name, or an image or grid the network cannot take.
   """
   if config.name not in BACKBONES:
-    raise ValueError(f"unknown model {config.name!r}; choose one of "
-                     f"{', '.join(sorted(BACKBONES))}")
+    raise ValueError(
+      f"unknown model {config.name!r}; choose one of {', '.join(sorted(BACKBONES))}"
+    )
   if num_classes < 2:
     raise ValueError(f"num_classes must be at least 2, got {num_classes}")
   if len(image_shape) != 3:
-    raise ValueError("image_shape must be (height, width, channels), got "
-                     f"{tuple(image_shape)}")
+    raise ValueError(
+      f"image_shape must be (height, width, channels), got {tuple(image_shape)}"
+    )
   network = BACKBONES[config.name]
   network.check(config, image_shape)
   fields = {
-      name: tuple(value) if isinstance(value, (tuple, list)) else value
-      for name, value in config.items()}
+    name: tuple(value) if isinstance(value, (tuple, list)) else value
+    for name, value in config.items()
+  }
   del fields["name"]
   remat, dtype = fields.pop("remat"), fields.pop("dtype")
   # `init` is a method of every Flax module.

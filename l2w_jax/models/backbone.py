@@ -8,6 +8,7 @@ method
 where the carry of stage 0 is the images. Training, cost per exit and real early
 exits all run the same stages. Variables are {"params": …, "batch_stats": …}.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -27,7 +28,8 @@ Variables = dict[str, PyTree]
 
 
 def _all_stages(
-    module: nn.Module, images: Array, mode: Mode, remat: bool = False) -> Array:
+  module: nn.Module, images: Array, mode: Mode, remat: bool = False
+) -> Array:
   stage = type(module).stage
   if remat:
     stage = nn.remat(stage, static_argnums=(1, 3))
@@ -52,6 +54,7 @@ class Backbone:
     remat: whether a derivative keeps only what passes from stage to stage, and
       computes the inside of each anew. Less memory, more operations.
   """
+
   module: Any
   num_classes: int
   image_shape: tuple[int, int, int]
@@ -81,7 +84,8 @@ class Backbone:
   def _declared(self) -> PyTree:
     """Shapes and laws of the variables; tracing a large network takes seconds."""
     declare = functools.partial(
-        self.module.init, jax.random.key(0), mode=EVALUATE, method=_all_stages)
+      self.module.init, jax.random.key(0), mode=EVALUATE, method=_all_stages
+    )
     return jax.eval_shape(declare, jnp.zeros((1, *self.image_shape)))
 
   def init(self, key: Array) -> Variables:
@@ -89,8 +93,11 @@ class Backbone:
     return initializers.draw(key, self._declared)
 
   def apply(
-      self, variables: Variables, images: Float[Array, "B H W channels"],
-      train: bool = False, axis_name: str | None = None,
+    self,
+    variables: Variables,
+    images: Float[Array, "B H W channels"],
+    train: bool = False,
+    axis_name: str | None = None,
   ) -> Float[Array, "B K C"] | tuple[Float[Array, "B K C"], PyTree]:
     """Logits at every exit.
 
@@ -105,15 +112,19 @@ class Backbone:
       logits, and in training also the running statistics after this batch.
     """
     run = functools.partial(
-        self.module.apply, *self._cast(variables, images),
-        Mode(train, axis_name), self.remat, method=_all_stages)
+      self.module.apply,
+      *self._cast(variables, images),
+      Mode(train, axis_name),
+      self.remat,
+      method=_all_stages,
+    )
     if not train:
       return run()
     logits, updated = run(mutable=["batch_stats"])
     return logits, updated["batch_stats"]
 
   def stage(
-      self, variables: Variables, k: int, carry: PyTree,
+    self, variables: Variables, k: int, carry: PyTree
   ) -> tuple[PyTree, Float[Array, "B C"]]:
     """(carry, logits of exit k) from the carry of stage k - 1.
 
@@ -121,15 +132,15 @@ class Backbone:
     """
     # Later carries are activations, and have the dtype they need.
     variables, carry = self._cast(variables, carry)
-    return self.module.apply(
-        variables, k, carry, method=self.module.stage)
+    return self.module.apply(variables, k, carry, method=self.module.stage)
 
   def _cast(self, variables: Variables, images: PyTree):
     """Variables and images in the dtypes that the layers compute with."""
     if self.dtype == "float32":
       return variables, images
     params = jax.tree.map(
-        lambda x: x.astype(self.dtype) if x.ndim == 4 else x,
-        variables["params"])
+      lambda x: x.astype(self.dtype) if x.ndim == 4 else x, variables["params"]
+    )
     return variables | {"params": params}, jax.tree.map(
-        lambda x: x.astype(self.dtype), images)
+      lambda x: x.astype(self.dtype), images
+    )

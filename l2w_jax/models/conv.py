@@ -15,6 +15,7 @@ y = x ∗ k is bilinear, and with the cotangent g of y, so are
 The three are each other's transposes, which closes the set under any number of
 forward and reverse derivatives.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from jaxtyping import Array, Float
 
 class _Geometry(NamedTuple):
   """height, width: of the input; kernel: its side; pad on every side."""
+
   height: int
   width: int
   kernel: int
@@ -44,7 +46,7 @@ class _Geometry(NamedTuple):
 
 
 def conv2d(
-    x: Float[Array, "B H W I"], kernel: Float[Array, "k k I O"], stride: int,
+  x: Float[Array, "B H W I"], kernel: Float[Array, "k k I O"], stride: int
 ) -> Float[Array, "B H2 W2 O"]:
   """Convolution padded by k // 2 on every side, with a square kernel."""
   geometry = _Geometry(x.shape[1], x.shape[2], kernel.shape[0], stride)
@@ -53,8 +55,14 @@ def conv2d(
 
 def _convolve(x, kernel, padding, stride=1, lhs_dilation=1, rhs_dilation=1):
   return lax.conv_general_dilated(
-      x, kernel, (stride, stride), padding, (lhs_dilation, lhs_dilation),
-      (rhs_dilation, rhs_dilation), ("NHWC", "HWIO", "NHWC"))
+    x,
+    kernel,
+    (stride, stride),
+    padding,
+    (lhs_dilation, lhs_dilation),
+    (rhs_dilation, rhs_dilation),
+    ("NHWC", "HWIO", "NHWC"),
+  )
 
 
 def _conv_value(x, kernel, geometry):
@@ -68,24 +76,32 @@ def _input_gradient_value(g, kernel, geometry):
     # XLA exchanges the operands where the kernel is the larger image, and on a
     # CPU that form is 9 times slower. Written-out zeros make it the smaller.
     between = (0, 0, dilation - 1)
-    g = lax.pad(
-        g, jnp.zeros((), g.dtype), [(0, 0, 0), between, between, (0, 0, 0)])
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), between, between, (0, 0, 0)])
     dilation = 1
   low = geometry.kernel - 1 - geometry.pad
   padding = [
-      (low, size + geometry.kernel - 1 - geometry.dilated(size) - low)
-      for size in (geometry.height, geometry.width)]
-  return _convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), padding,
-                   lhs_dilation=dilation)
+    (low, size + geometry.kernel - 1 - geometry.dilated(size) - low)
+    for size in (geometry.height, geometry.width)
+  ]
+  return _convolve(
+    g, kernel[::-1, ::-1].swapaxes(2, 3), padding, lhs_dilation=dilation
+  )
 
 
 def _kernel_gradient_value(x, g, geometry):
   padding = [
-      (geometry.pad, geometry.kernel - 1 + geometry.dilated(size) - size
-       - geometry.pad)
-      for size in (geometry.height, geometry.width)]
-  gradient = _convolve(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3),
-                       padding, rhs_dilation=geometry.stride)
+    (
+      geometry.pad,
+      geometry.kernel - 1 + geometry.dilated(size) - size - geometry.pad,
+    )
+    for size in (geometry.height, geometry.width)
+  ]
+  gradient = _convolve(
+    x.transpose(3, 1, 2, 0),
+    g.transpose(1, 2, 0, 3),
+    padding,
+    rhs_dilation=geometry.stride,
+  )
   return gradient.transpose(1, 2, 0, 3)
 
 
@@ -103,9 +119,14 @@ def _bilinear(name, value) -> Primitive:
 
   primitive.def_abstract_eval(abstract_value)
   primitive.def_impl(
-      lambda a, b, *, geometry: jax.jit(value, static_argnums=2)(a, b, geometry))
-  mlir.register_lowering(primitive, mlir.lower_fun(
-      lambda a, b, *, geometry: value(a, b, geometry), multiple_results=False))
+    lambda a, b, *, geometry: jax.jit(value, static_argnums=2)(a, b, geometry)
+  )
+  mlir.register_lowering(
+    primitive,
+    mlir.lower_fun(
+      lambda a, b, *, geometry: value(a, b, geometry), multiple_results=False
+    ),
+  )
   batching.primitive_batchers[primitive] = batched
   return primitive
 
@@ -116,18 +137,21 @@ _kernel_gradient = _bilinear("conv2d_kernel_gradient", _kernel_gradient_value)
 
 # (cotangent, the operand that is not differentiated) -> gradient.
 ad.defbilinear(
-    _conv,
-    lambda g, x, kernel, *, geometry: _input_gradient.bind(
-        g, kernel, geometry=geometry),
-    lambda g, x, kernel, *, geometry: _kernel_gradient.bind(
-        x, g, geometry=geometry))
+  _conv,
+  lambda g, x, kernel, *, geometry: _input_gradient.bind(
+    g, kernel, geometry=geometry
+  ),
+  lambda g, x, kernel, *, geometry: _kernel_gradient.bind(x, g, geometry=geometry),
+)
 ad.defbilinear(
-    _input_gradient,
-    lambda x, g, kernel, *, geometry: _conv.bind(x, kernel, geometry=geometry),
-    lambda x, g, kernel, *, geometry: _kernel_gradient.bind(
-        x, g, geometry=geometry))
+  _input_gradient,
+  lambda x, g, kernel, *, geometry: _conv.bind(x, kernel, geometry=geometry),
+  lambda x, g, kernel, *, geometry: _kernel_gradient.bind(x, g, geometry=geometry),
+)
 ad.defbilinear(
-    _kernel_gradient,
-    lambda kernel, x, g, *, geometry: _input_gradient.bind(
-        g, kernel, geometry=geometry),
-    lambda kernel, x, g, *, geometry: _conv.bind(x, kernel, geometry=geometry))
+  _kernel_gradient,
+  lambda kernel, x, g, *, geometry: _input_gradient.bind(
+    g, kernel, geometry=geometry
+  ),
+  lambda kernel, x, g, *, geometry: _conv.bind(x, kernel, geometry=geometry),
+)

@@ -6,6 +6,7 @@ element, a pooling k² per output; BatchNorm, a convolution's bias, concatenatio
 and interpolation are free. What exit k costs includes every earlier classifier,
 since early exiting runs them.
 """
+
 from __future__ import annotations
 
 import math
@@ -35,8 +36,12 @@ def macs(layer: nn.Module, x: PyTree, y: PyTree) -> int:
     case layers.Linear():
       return (x.shape[-1] + 1) * layer.features
     case nn.Conv():
-      return (_outputs(y) * math.prod(layer.kernel_size) * x.shape[-1]
-              // layer.feature_group_count)
+      return (
+        _outputs(y)
+        * math.prod(layer.kernel_size)
+        * x.shape[-1]
+        // layer.feature_group_count
+      )
     case nn.Dense():
       return (x.shape[-1] + layer.use_bias) * layer.features
     case _:
@@ -48,7 +53,7 @@ def _outputs(y) -> int:
 
 
 def count(
-    module: nn.Module, image_shape: tuple[int, int, int],
+  module: nn.Module, image_shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
   """(macs [K], parameters [K]) to each exit, without computing anything."""
   key = jax.random.key(0)
@@ -62,8 +67,10 @@ def count(
       running[0] += macs(context.module, args[0], y)
       own = context.module.variables.get("params", {})
       running[1] += sum(
-          leaf.value.size for leaf in own.values()
-          if isinstance(leaf, initializers.Declared))
+        leaf.value.size
+        for leaf in own.values()
+        if isinstance(leaf, initializers.Declared)
+      )
     return y
 
   def forward(module, carry):
@@ -72,7 +79,6 @@ def count(
       totals.append(tuple(running))
 
   with nn.intercept_methods(watch):
-    jax.eval_shape(
-        lambda images: module.init(key, images, method=forward), images)
+    jax.eval_shape(lambda images: module.init(key, images, method=forward), images)
   macs_to_exit, params_to_exit = np.array(totals).T
   return macs_to_exit, params_to_exit

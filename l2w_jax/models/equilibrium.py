@@ -13,6 +13,7 @@ whichever exit it comes from: block j takes the mean over the exits behind it in
 the place of the sum. A classifier keeps its gradient, since the scaling is at its
 input. So the method is one factor for each parameter.
 """
+
 from __future__ import annotations
 
 import jax
@@ -43,8 +44,8 @@ def factors(module: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
   images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
   with nn.intercept_methods(watch):
     variables = jax.eval_shape(
-        lambda images: module.init(
-            jax.random.key(0), images, method=forward), images)
+      lambda images: module.init(jax.random.key(0), images, method=forward), images
+    )
 
   def factor(path: tuple[str, ...]) -> float:
     if path[0].startswith("classifier"):

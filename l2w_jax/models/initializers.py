@@ -5,6 +5,7 @@ declarations of a whole network into arrays from one stream of random numbers.
 With one generator per variable, XLA takes minutes to compile the initialisation
 of a RANet.
 """
+
 from __future__ import annotations
 
 import functools
@@ -28,6 +29,7 @@ class Declared(struct.PyTreeNode, nn.meta.AxisMetadata):
       "constant", scale itself.
     scale: see law.
   """
+
   value: Any
   law: str = struct.field(pytree_node=False)
   scale: float = struct.field(pytree_node=False)
@@ -65,27 +67,34 @@ def kernel(initializer: str):
   "pytorch": uniform in ±1/√fan_in, which is what the published MSDNet numbers
   were trained from. "he": normal with variance 2 / (k²·C_out).
   """
+
   def declare(key, shape):
     if initializer == "pytorch":
       return fan_in_uniform(math.prod(shape[:-1]))(key, shape)
     fan_out = math.prod(shape[:-2]) * shape[-1]
     return Declared(jnp.zeros(shape), "normal", math.sqrt(2 / fan_out))
+
   return declare
 
 
 def draw(key: Array, declared: PyTree) -> PyTree:
   """Arrays of JAX's default float for a tree of (abstract) declarations."""
   leaves, tree = jax.tree.flatten(
-      declared, is_leaf=lambda leaf: isinstance(leaf, Declared))
+    declared, is_leaf=lambda leaf: isinstance(leaf, Declared)
+  )
   streams = {}
-  for i, (law, sample) in enumerate((
+  for i, (law, sample) in enumerate(
+    (
       ("uniform", functools.partial(jax.random.uniform, minval=-1.0)),
-      ("normal", jax.random.normal))):
+      ("normal", jax.random.normal),
+    )
+  ):
     total = sum(leaf.value.size for leaf in leaves if leaf.law == law)
     stream = sample(jax.random.fold_in(key, i), (total,))
     # On the host, because every slice would be a kernel to compile.
     streams[law] = (
-        stream if isinstance(stream, jax.core.Tracer) else np.asarray(stream))
+      stream if isinstance(stream, jax.core.Tracer) else np.asarray(stream)
+    )
   arrays, used = [], dict.fromkeys(streams, 0)
   for leaf in leaves:
     shape, dtype = leaf.value.shape, jnp.result_type(float)
@@ -94,6 +103,6 @@ def draw(key: Array, declared: PyTree) -> PyTree:
     else:
       start = used[leaf.law]
       used[leaf.law] += leaf.value.size
-      unit = streams[leaf.law][start:used[leaf.law]].reshape(shape)
+      unit = streams[leaf.law][start : used[leaf.law]].reshape(shape)
       arrays.append((leaf.scale * unit).astype(dtype))
   return jax.tree.unflatten(tree, map(jnp.asarray, arrays))

@@ -8,6 +8,7 @@ the biased batch variance and stores the unbiased one, n / (n - 1), with weight
 Each kind of layer that the papers' cost counts (convolution, ReLU, pooling,
 linear) is one class here or is called by one, so that `cost` can watch them.
 """
+
 from __future__ import annotations
 
 import functools
@@ -38,6 +39,7 @@ class Mode(NamedTuple):
   axis_name: pmap axis the batch is spread over; its statistics are then those
     of all devices together. None: those of this device.
   """
+
   train: bool = False
   axis_name: str | None = None
 
@@ -47,6 +49,7 @@ EVALUATE = Mode()
 
 class Conv(nn.Module):
   """Convolution, padded so that stride 1 keeps the size."""
+
   features: int
   kernel: int = 3
   stride: int = 1
@@ -76,6 +79,7 @@ class BatchNorm(nn.Module):
 
   In the dtype of its parameters; the result is in that of the image.
   """
+
   features: int
 
   def setup(self):
@@ -101,7 +105,8 @@ class BatchNorm(nn.Module):
 
 
 def batch_norms(
-    norms: list[BatchNorm], images: list[Image], mode: Mode) -> list[Image]:
+  norms: list[BatchNorm], images: list[Image], mode: Mode
+) -> list[Image]:
   """Each of several images behind its own BatchNorm, in training.
 
   Devices exchange the statistics of all in one message, and in one each time a
@@ -109,9 +114,11 @@ def batch_norms(
   """
   counts = [_num_values(x, mode.axis_name) for x in images]
   results, means, variances = _normalize(
-      mode.axis_name,
-      [x.astype(norm.scale.dtype) for norm, x in zip(norms, images, strict=True)],
-      [norm.scale for norm in norms], [norm.bias for norm in norms])
+    mode.axis_name,
+    [x.astype(norm.scale.dtype) for norm, x in zip(norms, images, strict=True)],
+    [norm.scale for norm in norms],
+    [norm.bias for norm in norms],
+  )
   for norm, *statistics in zip(norms, means, variances, counts, strict=True):
     norm.keep(*statistics)
   return [y.astype(x.dtype) for y, x in zip(results, images, strict=True)]
@@ -119,15 +126,23 @@ def batch_norms(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(
-    axis_name: str | None, images: list[Image], scales: list[Array],
-    biases: list[Array]):
+  axis_name: str | None,
+  images: list[Image],
+  scales: list[Array],
+  biases: list[Array],
+):
   """(results, means, biased variances) with the statistics of the batch."""
   means, variances = _moments(images, axis_name)
-  return [
+  return (
+    [
       (x - mean) * (scale * jax.lax.rsqrt(var + BN_EPS)) + bias
       for x, scale, bias, mean, var in zip(
-          images, scales, biases, means, variances, strict=True)
-  ], means, variances
+        images, scales, biases, means, variances, strict=True
+      )
+    ],
+    means,
+    variances,
+  )
 
 
 @_normalize.defjvp
@@ -139,20 +154,24 @@ def _normalize_jvp(axis_name, primals, tangents):
   """
   results, means, variances = _normalize(axis_name, *primals)
   centred = [x - mean for x, mean in zip(primals[0], means, strict=True)]
-  mean_dots, product_dots = _means((tangents[0], [
-      c * x_dot for c, x_dot in zip(centred, tangents[0], strict=True)]), axis_name)
+  mean_dots, product_dots = _means(
+    (
+      tangents[0],
+      [c * x_dot for c, x_dot in zip(centred, tangents[0], strict=True)],
+    ),
+    axis_name,
+  )
   var_dots = [2 * product_dot for product_dot in product_dots]
   dots = []
   for c, scale, var, x_dot, scale_dot, bias_dot, mean_dot, var_dot in zip(
-      centred, primals[1], variances, *tangents, mean_dots, var_dots,
-      strict=True):
+    centred, primals[1], variances, *tangents, mean_dots, var_dots, strict=True
+  ):
     # y = centred · factor + bias, by the product rule; what depends on the
     # channel alone is gathered first.
     inverse = jax.lax.rsqrt(var + BN_EPS)
     factor = scale * inverse
     factor_dot = scale_dot * inverse - 0.5 * factor * inverse**2 * var_dot
-    dots.append(x_dot * factor + c * factor_dot + (
-        bias_dot - factor * mean_dot))
+    dots.append(x_dot * factor + c * factor_dot + (bias_dot - factor * mean_dot))
   return (results, means, variances), (dots, mean_dots, var_dots)
 
 
@@ -163,8 +182,9 @@ def _num_values(x: Image, axis_name: str | None) -> int:
     count *= jax.lax.axis_size(axis_name)
   if count < 2:
     raise ValueError(
-        f"BatchNorm in training needs more than one value per channel, got an "
-        f"activation of shape {x.shape}; use a larger batch or image")
+      f"BatchNorm in training needs more than one value per channel, got an "
+      f"activation of shape {x.shape}; use a larger batch or image"
+    )
   return count
 
 
@@ -178,30 +198,34 @@ def _over_devices(vectors: PyTree, axis_name: str | None) -> PyTree:
 
 def _means(images: PyTree, axis_name: str | None) -> PyTree:
   """Means per channel."""
-  return _over_devices(
-      jax.tree.map(lambda x: x.mean((0, 1, 2)), images), axis_name)
+  return _over_devices(jax.tree.map(lambda x: x.mean((0, 1, 2)), images), axis_name)
 
 
 def _moments(
-    images: list[Image], axis_name: str | None,
+  images: list[Image], axis_name: str | None
 ) -> tuple[list[Array], list[Array]]:
   """Means and biased variances per channel."""
   means = [x.mean((0, 1, 2)) for x in images]
-  variances = [jnp.square(x - mean).mean((0, 1, 2))
-               for x, mean in zip(images, means, strict=True)]
+  variances = [
+    jnp.square(x - mean).mean((0, 1, 2))
+    for x, mean in zip(images, means, strict=True)
+  ]
   if axis_name is not None:
     # The variance over all devices is the mean variance plus the variance of
     # the means.
     means, squares, variances = _over_devices(
-        (means, [mean**2 for mean in means], variances), axis_name)
+      (means, [mean**2 for mean in means], variances), axis_name
+    )
     variances = [
-        var + jnp.maximum(square - mean**2, 0)
-        for var, square, mean in zip(variances, squares, means, strict=True)]
+      var + jnp.maximum(square - mean**2, 0)
+      for var, square, mean in zip(variances, squares, means, strict=True)
+    ]
   return means, variances
 
 
 class ConvBNReLU(nn.Module):
   """Convolution, BatchNorm, ReLU."""
+
   features: int
   kernel: int = 3
   stride: int = 1
@@ -209,8 +233,9 @@ class ConvBNReLU(nn.Module):
   use_bias: bool = False
 
   def setup(self):
-    self.conv = Conv(self.features, self.kernel, self.stride, self.initializer,
-                     self.use_bias)
+    self.conv = Conv(
+      self.features, self.kernel, self.stride, self.initializer, self.use_bias
+    )
     self.bn = BatchNorm(self.features)
 
   def __call__(self, x: Image, mode: Mode) -> Image:
@@ -218,13 +243,13 @@ class ConvBNReLU(nn.Module):
 
 
 def conv_bn_relus(
-    convs: list[ConvBNReLU], images: list[Image], mode: Mode) -> list[Image]:
+  convs: list[ConvBNReLU], images: list[Image], mode: Mode
+) -> list[Image]:
   """Several images, each behind its own layer; in training by `batch_norms`."""
   if not mode.train:
     return [conv(x, mode) for conv, x in zip(convs, images, strict=True)]
   images = [conv.conv(x) for conv, x in zip(convs, images, strict=True)]
-  return [relu(x) for x in batch_norms(
-      [conv.bn for conv in convs], images, mode)]
+  return [relu(x) for x in batch_norms([conv.bn for conv in convs], images, mode)]
 
 
 class BottleneckConv(nn.Module):
@@ -233,6 +258,7 @@ class BottleneckConv(nn.Module):
   The bottleneck is min(C_in, bottleneck_factor · features) wide; 0 leaves it
   out.
   """
+
   features_in: int
   features: int
   bottleneck_factor: int
@@ -252,14 +278,16 @@ class BottleneckConv(nn.Module):
 
 
 def bottleneck_convs(
-    convs: list[BottleneckConv], images: list[Image], mode: Mode) -> list[Image]:
+  convs: list[BottleneckConv], images: list[Image], mode: Mode
+) -> list[Image]:
   """Several images, each behind its own layer; in training by `batch_norms`."""
   if not mode.train:
     return [conv(x, mode) for conv, x in zip(convs, images, strict=True)]
   images = list(images)
   narrow = [i for i, conv in enumerate(convs) if conv.bottleneck_factor]
   reduced = conv_bn_relus(
-      [convs[i].reduce for i in narrow], [images[i] for i in narrow], mode)
+    [convs[i].reduce for i in narrow], [images[i] for i in narrow], mode
+  )
   for i, x in zip(narrow, reduced, strict=True):
     images[i] = x
   return conv_bn_relus([conv.spatial for conv in convs], images, mode)
@@ -270,6 +298,7 @@ class Linear(nn.Module):
 
   With init "he" the bias starts at zero.
   """
+
   features: int
   initializer: str = "pytorch"
 
@@ -278,8 +307,10 @@ class Linear(nn.Module):
     init = initializers.fan_in_uniform(x.shape[-1])
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     bias = self.param(
-        "bias", init if self.initializer == "pytorch"
-        else initializers.constant(0.0), (self.features,))
+      "bias",
+      init if self.initializer == "pytorch" else initializers.constant(0.0),
+      (self.features,),
+    )
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
     return x @ kernel + bias
 
@@ -293,8 +324,12 @@ def resize_bilinear(x: Image, size: tuple[int, int]) -> Image:
     if length != x.shape[axis]:
       weights = _interpolation(x.shape[axis], length).astype(x.dtype)
       # HIGHEST: a GPU or TPU would round the operands to fewer bits.
-      x = jnp.einsum("bhwc,uh->buwc" if axis == 1 else "bhwc,uw->bhuc",
-                     x, weights, precision=jax.lax.Precision.HIGHEST)
+      x = jnp.einsum(
+        "bhwc,uh->buwc" if axis == 1 else "bhwc,uw->bhuc",
+        x,
+        weights,
+        precision=jax.lax.Precision.HIGHEST,
+      )
   return x
 
 
@@ -302,20 +337,23 @@ def _interpolation(length_in: int, length_out: int) -> np.ndarray:
   """[out in] matrix of linear interpolation with aligned ends."""
   step = (length_in - 1) / (length_out - 1) if length_out > 1 else 0.0
   position = step * np.arange(length_out)
-  return np.maximum(
-      0, 1 - np.abs(position[:, None] - np.arange(length_in)))
+  return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(length_in)))
 
 
 class MaxPool(nn.Module):
   """Max pooling over kernel × kernel windows, padded by kernel // 2."""
+
   kernel: int = 3
   stride: int = 2
 
   def __call__(self, x: Image) -> Image:
     pad = self.kernel // 2
     return nn.max_pool(
-        x, (self.kernel, self.kernel), (self.stride, self.stride),
-        ((pad, pad), (pad, pad)))
+      x,
+      (self.kernel, self.kernel),
+      (self.stride, self.stride),
+      ((pad, pad), (pad, pad)),
+    )
 
 
 class GlobalAveragePool(nn.Module):
@@ -337,6 +375,7 @@ class Stem(nn.Module):
     widths: channels of each feature map.
     strides: step from each feature map to the next, one fewer than widths.
   """
+
   kind: str
   widths: tuple[int, ...]
   strides: tuple[int, ...]
@@ -345,17 +384,21 @@ class Stem(nn.Module):
   @nn.compact
   def __call__(self, x: Image, mode: Mode) -> list[Image]:
     if self.kind == "imagenet":
-      x = ConvBNReLU(self.widths[0], 7, 2, self.initializer, use_bias=True,
-                     name="layers_0")(x, mode)
+      x = ConvBNReLU(
+        self.widths[0], 7, 2, self.initializer, use_bias=True, name="layers_0"
+      )(x, mode)
       x = MaxPool(3, 2, name="pool")(x)
     else:
-      x = ConvBNReLU(self.widths[0], 3, 1, self.initializer,
-                     name="layers_0")(x, mode)
+      x = ConvBNReLU(self.widths[0], 3, 1, self.initializer, name="layers_0")(
+        x, mode
+      )
     features = [x]
     for i, (width, stride) in enumerate(
-        zip(self.widths[1:], self.strides, strict=True), 1):
-      x = ConvBNReLU(width, 3, stride, self.initializer,
-                     name=f"layers_{i}")(x, mode)
+      zip(self.widths[1:], self.strides, strict=True), 1
+    ):
+      x = ConvBNReLU(width, 3, stride, self.initializer, name=f"layers_{i}")(
+        x, mode
+      )
       features.append(x)
     return features
 
@@ -366,6 +409,7 @@ class Classifier(nn.Module):
   width 0 keeps the width of its input, as the ImageNet networks do; the CIFAR
   ones use 128.
   """
+
   num_classes: int
   width: int
   initializer: str = "pytorch"
@@ -380,11 +424,13 @@ class Classifier(nn.Module):
 
 
 def check_image_size(
-    image_shape: tuple[int, int, int], shrink: int, reason: str) -> None:
+  image_shape: tuple[int, int, int], shrink: int, reason: str
+) -> None:
   """Raises ValueError when height or width is below `shrink` pixels."""
   height, width, _ = image_shape
   if min(height, width) < shrink:
     raise ValueError(
-        f"images of {height}×{width} pixels are too small for {reason}: the "
-        f"coarsest scale is {shrink} times smaller; use larger images or fewer "
-        "scales")
+      f"images of {height}×{width} pixels are too small for {reason}: the "
+      f"coarsest scale is {shrink} times smaller; use larger images or fewer "
+      "scales"
+    )

@@ -9,6 +9,7 @@ transition narrows what remains.
 
 `plan` works out the grid as plain numbers; `MSDNet` builds it.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -30,23 +31,29 @@ class LayerPlan(NamedTuple):
   channels: width at scale s is channels · growth_factors[s], when it leaves.
   transition: 1×1 convolutions that set that width, instead of growth.
   """
+
   first_scale_in: int
   first_scale: int
   channels: int
   transition: bool
 
 
-def block_depths(
-    num_exits: int, base: int, step: int, step_mode: str) -> list[int]:
+def block_depths(num_exits: int, base: int, step: int, step_mode: str) -> list[int]:
   """Layers in each block: base, then `step` (even) or step·k + 1 (lin_grow)."""
-  grown = [step if step_mode == "even" else step * k + 1
-           for k in range(1, num_exits)]
+  grown = [
+    step if step_mode == "even" else step * k + 1 for k in range(1, num_exits)
+  ]
   return [base, *grown]
 
 
 def plan(
-    depths: list[int], channels: int, growth: int, num_scales: int, prune: str,
-    reduction: float) -> list[list[LayerPlan]]:
+  depths: list[int],
+  channels: int,
+  growth: int,
+  num_scales: int,
+  prune: str,
+  reduction: float,
+) -> list[list[LayerPlan]]:
   """The layers of every block.
 
   prune "max" drops a scale every ceil(depth / S) layers, with a transition
@@ -70,8 +77,9 @@ def plan(
       before, after = first_scale(depth - 1), first_scale(depth)
       channels += growth
       block.append(LayerPlan(before, after, channels, transition=False))
-      due = (after > before if prune == "max"
-             else depth in (total // 3, 2 * total // 3))
+      due = (
+        after > before if prune == "max" else depth in (total // 3, 2 * total // 3)
+      )
       if due and reduction > 0:
         channels = math.floor(reduction * channels)
         block.append(LayerPlan(after, after, channels, transition=True))
@@ -86,6 +94,7 @@ class GridLayer(nn.Module):
   (strided) and half from itself. The finest scale of the whole network has no
   finer one and computes all of its growth from itself.
   """
+
   first_scale_in: int
   first_scale: int
   growth: int
@@ -98,8 +107,11 @@ class GridLayer(nn.Module):
     convs, images, outputs = [], [], []
 
     def add(x, new, factor, stride, name):
-      convs.append(layers.BottleneckConv(
-          x.shape[-1], new, factor, stride, self.initializer, name=name))
+      convs.append(
+        layers.BottleneckConv(
+          x.shape[-1], new, factor, stride, self.initializer, name=name
+        )
+      )
       images.append(x)
 
     for s in range(self.first_scale, len(self.growth_factors)):
@@ -108,8 +120,13 @@ class GridLayer(nn.Module):
       x, new = features[here], self.growth * self.growth_factors[s]
       if here > 0:
         new //= 2
-        add(features[here - 1], new, self.bottleneck_factors[s - 1], 2,
-            f"layers_{i}_conv_down")
+        add(
+          features[here - 1],
+          new,
+          self.bottleneck_factors[s - 1],
+          2,
+          f"layers_{i}_conv_down",
+        )
       add(x, new, self.bottleneck_factors[s], 1, f"layers_{i}_conv_normal")
       outputs.append([x])
     grown = iter(layers.bottleneck_convs(convs, images, mode))
@@ -120,15 +137,16 @@ class GridLayer(nn.Module):
 
 class Transition(nn.Module):
   """1×1 ConvBNReLU on every scale that is left."""
+
   widths: tuple[int, ...]
   initializer: str
 
   @nn.compact
   def __call__(self, features: list[Image], mode: Mode) -> list[Image]:
     convs = [
-        layers.ConvBNReLU(
-            width, 1, initializer=self.initializer, name=f"convs_{i}")
-        for i, width in enumerate(self.widths)]
+      layers.ConvBNReLU(width, 1, initializer=self.initializer, name=f"convs_{i}")
+      for i, width in enumerate(self.widths)
+    ]
     return layers.conv_bn_relus(convs, features, mode)
 
 
@@ -138,6 +156,7 @@ class MSDNet(nn.Module):
   Fields are the paper's; `config.py` says what each means. bottleneck False
   leaves out every 1×1 convolution in front of a 3×3 one.
   """
+
   num_classes: int
   num_exits: int
   step: int
@@ -160,47 +179,68 @@ class MSDNet(nn.Module):
     scales = len(config.growth_factors)
     if len(config.bottleneck_factors) != scales:
       raise ValueError(
-          f"growth_factors {tuple(config.growth_factors)} and "
-          f"bottleneck_factors {tuple(config.bottleneck_factors)} must name "
-          "the same number of scales")
+        f"growth_factors {tuple(config.growth_factors)} and "
+        f"bottleneck_factors {tuple(config.bottleneck_factors)} must name "
+        "the same number of scales"
+      )
     odd = [f for f in config.growth_factors[1:] if config.growth * f % 2]
     if odd:
       raise ValueError(
-          f"growth {config.growth} times growth factor {odd[0]} is odd, but "
-          "every scale after the first splits its growth in two; use an even "
-          "product")
+        f"growth {config.growth} times growth factor {odd[0]} is odd, but "
+        "every scale after the first splits its growth in two; use an even "
+        "product"
+      )
     layers.check_image_size(
-        image_shape, (4 if config.stem == "imagenet" else 1) * 2**(scales - 1),
-        f"{scales} scales and the {config.stem} stem")
+      image_shape,
+      (4 if config.stem == "imagenet" else 1) * 2 ** (scales - 1),
+      f"{scales} scales and the {config.stem} stem",
+    )
 
   def setup(self):
     depths = block_depths(self.num_exits, self.base, self.step, self.step_mode)
-    grid = plan(depths, self.channels, self.growth, len(self.growth_factors),
-                self.prune, self.reduction)
-    bottlenecks = (self.bottleneck_factors if self.bottleneck
-                   else (0,) * len(self.growth_factors))
+    grid = plan(
+      depths,
+      self.channels,
+      self.growth,
+      len(self.growth_factors),
+      self.prune,
+      self.reduction,
+    )
+    bottlenecks = (
+      self.bottleneck_factors
+      if self.bottleneck
+      else (0,) * len(self.growth_factors)
+    )
 
     def layer(spec: LayerPlan) -> nn.Module:
       if spec.transition:
-        widths = self.growth_factors[spec.first_scale:]
+        widths = self.growth_factors[spec.first_scale :]
         return Transition(
-            tuple(spec.channels * f for f in widths), self.initializer)
-      return GridLayer(spec.first_scale_in, spec.first_scale, self.growth,
-                       self.growth_factors, bottlenecks, self.initializer)
+          tuple(spec.channels * f for f in widths), self.initializer
+        )
+      return GridLayer(
+        spec.first_scale_in,
+        spec.first_scale,
+        self.growth,
+        self.growth_factors,
+        bottlenecks,
+        self.initializer,
+      )
 
     widths = tuple(self.channels * f for f in self.growth_factors)
     stem = layers.Stem(
-        self.stem, widths, (2,) * (len(widths) - 1), self.initializer)
+      self.stem, widths, (2,) * (len(widths) - 1), self.initializer
+    )
     blocks = [[layer(spec) for spec in block] for block in grid]
     blocks[0].insert(0, stem)
     self.blocks = blocks
     self.classifier = [
-        layers.Classifier(
-            self.num_classes, self.classifier_width, self.initializer)
-        for _ in grid]
+      layers.Classifier(self.num_classes, self.classifier_width, self.initializer)
+      for _ in grid
+    ]
 
   def stage(
-      self, k: int, carry, mode: Mode = layers.EVALUATE,
+    self, k: int, carry, mode: Mode = layers.EVALUATE
   ) -> tuple[list[Image], Float[Array, "B C"]]:
     """Carry of stage k - 1 (images for k = 0) -> (carry, logits of exit k)."""
     for layer in self.blocks[k]:

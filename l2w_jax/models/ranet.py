@@ -10,6 +10,7 @@ always at the coarsest resolution.
 
 `plan` works out the flows as plain numbers; `RANet` builds them.
 """
+
 from __future__ import annotations
 
 import functools
@@ -34,6 +35,7 @@ class BlockPlan(NamedTuple):
   down: whether its last layer halves the resolution.
   transition: whether it ends in a 1×1 convolution that narrows it.
   """
+
   layers: int
   fused: bool
   down: bool
@@ -41,8 +43,8 @@ class BlockPlan(NamedTuple):
 
 
 def plan(
-    blocks: int, block_step: int, step: int, step_mode: str,
-    scales: tuple[int, ...]) -> list[list[BlockPlan]]:
+  blocks: int, block_step: int, step: int, step_mode: str, scales: tuple[int, ...]
+) -> list[list[BlockPlan]]:
   """The blocks of every flow.
 
   Flow i has n = blocks + i · block_step blocks, block b with `step` layers
@@ -54,15 +56,19 @@ def plan(
   ends = [blocks + i * block_step for i in range(len(scales))]
   flows = []
   for i, (end, scale) in enumerate(zip(ends, scales, strict=True)):
-    down_at = ends[i - scale + 1:i]
+    down_at = ends[i - scale + 1 : i]
     transition_at = [j * end // scale for j in range(1, scale)]
-    flows.append([
+    flows.append(
+      [
         BlockPlan(
-            layers=step if step_mode == "even" else step * depth,
-            fused=i > 0 and depth <= ends[i - 1],
-            down=depth in down_at,
-            transition=depth in transition_at)
-        for depth in range(1, end + 1)])
+          layers=step if step_mode == "even" else step * depth,
+          fused=i > 0 and depth <= ends[i - 1],
+          down=depth in down_at,
+          transition=depth in transition_at,
+        )
+        for depth in range(1, end + 1)
+      ]
+    )
   return flows
 
 
@@ -72,6 +78,7 @@ class DenseLayer(nn.Module):
   Fused, with features `low` of another flow, floor(compress · growth) of them
   are computed from those and interpolated to the size of the others.
   """
+
   growth: int
   bottleneck_factor: int
   low_bottleneck_factor: int
@@ -84,13 +91,21 @@ class DenseLayer(nn.Module):
     convs, images = [], []
 
     def add(x, features, *args, name):
-      convs.append(layers.BottleneckConv(
-          x.shape[-1], features, *args, initializer=self.initializer, name=name))
+      convs.append(
+        layers.BottleneckConv(
+          x.shape[-1], features, *args, initializer=self.initializer, name=name
+        )
+      )
       images.append(x)
 
     from_low = 0 if low is None else math.floor(self.compress * self.growth)
-    add(x, self.growth - from_low, self.bottleneck_factor, self.stride,
-        name="conv_normal")
+    add(
+      x,
+      self.growth - from_low,
+      self.bottleneck_factor,
+      self.stride,
+      name="conv_normal",
+    )
     if low is not None:
       add(low, from_low, self.low_bottleneck_factor, name="conv_up")
     new, *up = layers.bottleneck_convs(convs, images, mode)
@@ -105,6 +120,7 @@ class Features(NamedTuple):
     are what the earlier layers were given.
   after: behind the last layer, which may have halved the resolution.
   """
+
   before: Image
   after: Image
 
@@ -116,6 +132,7 @@ class Features(NamedTuple):
 
 class Block(nn.Module):
   """Dense block: (what it hands on in its flow, what the next flow reads)."""
+
   spec: BlockPlan
   growth: int
   low_growth: int
@@ -127,7 +144,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Image, low: Features | None, mode: Mode,
+    self, x: Image, low: Features | None, mode: Mode
   ) -> tuple[Image, Features]:
     num_layers = self.spec.layers
     for i in range(num_layers):
@@ -135,12 +152,18 @@ class Block(nn.Module):
       low_before = low and low.in_front_of(i, num_layers, self.low_growth)
       down = self.spec.down and i == num_layers - 1
       x = DenseLayer(
-          self.growth, self.bottleneck_factor, self.low_bottleneck_factor,
-          self.compress, 2 if down else 1, self.initializer,
-          name=f"layers_{i}")(x, low_before, mode)
+        self.growth,
+        self.bottleneck_factor,
+        self.low_bottleneck_factor,
+        self.compress,
+        2 if down else 1,
+        self.initializer,
+        name=f"layers_{i}",
+      )(x, low_before, mode)
     features = Features(before, x)
     conv = functools.partial(
-        layers.ConvBNReLU, kernel=1, initializer=self.initializer)
+      layers.ConvBNReLU, kernel=1, initializer=self.initializer
+    )
     if self.spec.fused:
       width = math.floor(self.compress * x.shape[-1])
       last = conv(width, name="conv_last")(low.after, mode)
@@ -150,8 +173,9 @@ class Block(nn.Module):
       width = math.floor(self.reduction * x.shape[-1])
       if width == 0:
         raise ValueError(
-            f"reduction {self.reduction} leaves none of {x.shape[-1]} "
-            "channels; use a larger one")
+          f"reduction {self.reduction} leaves none of {x.shape[-1]} "
+          "channels; use a larger one"
+        )
       x = conv(width, name="transition")(x, mode)
     return x, features
 
@@ -163,6 +187,7 @@ class Carry(NamedTuple):
   waiting: the first layer's maps of the flows to come.
   low: features of this flow's blocks so far, for the next flow.
   """
+
   x: Image | None
   waiting: list[Image]
   low: list[Features]
@@ -175,6 +200,7 @@ class RANet(nn.Module):
   have one entry for each flow, coarsest first. The first layer starts from
   PyTorch's initialisation whatever `initializer` says, as the released one.
   """
+
   num_classes: int
   blocks: int
   block_step: int
@@ -196,31 +222,37 @@ class RANet(nn.Module):
     """Raises ValueError for flows that cannot be built or fed."""
     scales = tuple(config.scales)
     if scales[0] != 1 or any(
-        b - a not in (0, 1) for a, b in itertools.pairwise(scales)):
+      b - a not in (0, 1) for a, b in itertools.pairwise(scales)
+    ):
       raise ValueError(
-          f"scales {scales} must start at 1, the coarsest, and go on with the "
-          "same scale or the next finer one, such as (1, 2, 3) or (1, 2, 3, 3)")
+        f"scales {scales} must start at 1, the coarsest, and go on with the "
+        "same scale or the next finer one, such as (1, 2, 3) or (1, 2, 3, 3)"
+      )
     for name in ("growth_factors", "bottleneck_factors"):
       if len(config[name]) != len(scales):
         raise ValueError(
-            f"{name} {tuple(config[name])} must have one entry for each of "
-            f"the {len(scales)} scales {scales}")
+          f"{name} {tuple(config[name])} must have one entry for each of "
+          f"the {len(scales)} scales {scales}"
+        )
     for factor in config.growth_factors[1:]:
       new = config.growth * factor
       if not 1 <= math.floor(config.compress * new) < new:
         raise ValueError(
-            f"compress {config.compress} leaves one of two flows without new "
-            f"channels: a layer adds {new} (growth {config.growth} times "
-            f"factor {factor}), of which the coarser flow makes floor(compress "
-            f"· {new}); use a larger growth or another compress")
+          f"compress {config.compress} leaves one of two flows without new "
+          f"channels: a layer adds {new} (growth {config.growth} times "
+          f"factor {factor}), of which the coarser flow makes floor(compress "
+          f"· {new}); use a larger growth or another compress"
+        )
     if not 0 < config.reduction <= 1:
       raise ValueError(
-          f"reduction {config.reduction} must be above 0 and at most 1: a "
-          "RANet cannot leave its transitions out")
+        f"reduction {config.reduction} must be above 0 and at most 1: a "
+        "RANet cannot leave its transitions out"
+      )
     layers.check_image_size(
-        image_shape, (4 if config.stem == "imagenet" else 1) * 2**(
-            scales[-1] - 1),
-        f"scales {scales} and the {config.stem} stem")
+      image_shape,
+      (4 if config.stem == "imagenet" else 1) * 2 ** (scales[-1] - 1),
+      f"scales {scales} and the {config.stem} stem",
+    )
 
   @property
   def num_exits(self) -> int:
@@ -230,25 +262,36 @@ class RANet(nn.Module):
   def setup(self):
     widths = tuple(self.channels * f for f in self.growth_factors[::-1])
     strides = tuple(
-        2**(finer - coarser)
-        for finer, coarser in itertools.pairwise(self.scales[::-1]))
+      2 ** (finer - coarser)
+      for finer, coarser in itertools.pairwise(self.scales[::-1])
+    )
     self.first_layer = layers.Stem(self.stem, widths, strides)
     flows = plan(
-        self.blocks, self.block_step, self.step, self.step_mode, self.scales)
+      self.blocks, self.block_step, self.step, self.step_mode, self.scales
+    )
     self.flows = [
-        [Block(spec, self.growth * self.growth_factors[i],
-               self.growth * self.growth_factors[i - 1],
-               self.bottleneck_factors[i], self.bottleneck_factors[i - 1],
-               self.compress, self.reduction, self.initializer)
-         for spec in flow]
-        for i, flow in enumerate(flows)]
+      [
+        Block(
+          spec,
+          self.growth * self.growth_factors[i],
+          self.growth * self.growth_factors[i - 1],
+          self.bottleneck_factors[i],
+          self.bottleneck_factors[i - 1],
+          self.compress,
+          self.reduction,
+          self.initializer,
+        )
+        for spec in flow
+      ]
+      for i, flow in enumerate(flows)
+    ]
     self.classifier = [
-        layers.Classifier(
-            self.num_classes, self.classifier_width, self.initializer)
-        for _ in range(self.num_exits)]
+      layers.Classifier(self.num_classes, self.classifier_width, self.initializer)
+      for _ in range(self.num_exits)
+    ]
 
   def stage(
-      self, k: int, carry: Image | Carry, mode: Mode = layers.EVALUATE,
+    self, k: int, carry: Image | Carry, mode: Mode = layers.EVALUATE
   ) -> tuple[Carry, Float[Array, "B C"]]:
     """Carry of stage k - 1 (images for k = 0) -> (carry, logits of exit k)."""
     if k == 0:
@@ -271,11 +314,11 @@ class RANet(nn.Module):
 
 
 def _run_fused(
-    flow: Sequence[Block], x: Image, low: Sequence[Features], mode: Mode,
+  flow: Sequence[Block], x: Image, low: Sequence[Features], mode: Mode
 ) -> tuple[Image, list[Features]]:
   """The blocks that flow has in common with the one before, of features low."""
   own = []
-  for block, low_features in zip(flow[:len(low)], low, strict=True):
+  for block, low_features in zip(flow[: len(low)], low, strict=True):
     x, features = block(x, low_features, mode)
     own.append(features)
   return x, own

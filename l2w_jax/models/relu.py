@@ -9,6 +9,7 @@ kept in a pass of its own. With y = relu(x), the mask is y > 0, so
 
 which is linear in ẋ and its own transpose.
 """
+
 from __future__ import annotations
 
 import jax
@@ -46,8 +47,7 @@ def _gate_batched(operands, axes):
 _gate = Primitive("relu_gate")
 _gate.def_abstract_eval(lambda t, y: t.update(weak_type=False))
 _gate.def_impl(jax.jit(_gate_value))
-mlir.register_lowering(
-    _gate, mlir.lower_fun(_gate_value, multiple_results=False))
+mlir.register_lowering(_gate, mlir.lower_fun(_gate_value, multiple_results=False))
 batching.primitive_batchers[_gate] = _gate_batched
 ad.deflinear2(_gate, _gate_transpose)
 # Not linear in y, but constant wherever y is not 0.

@@ -3,6 +3,7 @@
 Hidden layers are linear + ReLU, the output linear + tanh. All layers start from
 PyTorch's default, uniform ±1/√fan_in, as the released one does.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -13,8 +14,8 @@ from jaxtyping import Array, Float, PyTree
 
 
 def init(
-    key: Array, num_features: int, hidden: tuple[int, ...],
-    num_exits: int) -> PyTree:
+  key: Array, num_features: int, hidden: tuple[int, ...], num_exits: int
+) -> PyTree:
   """Parameters {"hidden_0": {"kernel", "bias"}, …, "output": …}.
 
   Args:
@@ -28,18 +29,21 @@ def init(
   keys = jax.random.split(key, 2 * len(names))
   params = {}
   for i, (name, (fan_in, fan_out)) in enumerate(
-      zip(names, itertools.pairwise(widths), strict=True)):
+    zip(names, itertools.pairwise(widths), strict=True)
+  ):
     bound = fan_in**-0.5
     params[name] = {
-        "kernel": jax.random.uniform(
-            keys[2 * i], (fan_in, fan_out), minval=-bound, maxval=bound),
-        "bias": jax.random.uniform(
-            keys[2 * i + 1], (fan_out,), minval=-bound, maxval=bound)}
+      "kernel": jax.random.uniform(
+        keys[2 * i], (fan_in, fan_out), minval=-bound, maxval=bound
+      ),
+      "bias": jax.random.uniform(
+        keys[2 * i + 1], (fan_out,), minval=-bound, maxval=bound
+      ),
+    }
   return params
 
 
-def apply(
-    params: PyTree, features: Float[Array, "B F"]) -> Float[Array, "B K"]:
+def apply(params: PyTree, features: Float[Array, "B F"]) -> Float[Array, "B K"]:
   """WPN output u in (-1, 1)."""
   x = features
   for i in range(len(params) - 1):

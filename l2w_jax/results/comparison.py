@@ -15,6 +15,7 @@ lines between its points. Accuracy is a fraction in `comparison.json` and percen
 tables, cost is in multiply-accumulates (MACs). Shapes: S seeds, K exits, P points
 of a curve, N test images.
 """
+
 from __future__ import annotations
 
 import json
@@ -46,6 +47,7 @@ class Run(NamedTuple):
   correct: [N K] bool; confidence: [N K]; exits: [N] exit taken at `AT_Q`.
   seconds: of training, without compiling.
   """
+
   accuracy: np.ndarray
   curve: np.ndarray
   macs: np.ndarray
@@ -68,18 +70,23 @@ def read_run(workdir: pathlib.Path) -> Run:
   at_q = min(results["budgeted"], key=lambda entry: abs(entry["q"] - AT_Q))
   # A threshold that is null in the file, NaN, lets nobody leave.
   thresholds = np.nan_to_num(
-      np.array(at_q["thresholds"], dtype=float), nan=np.inf, posinf=np.inf,
-      neginf=-np.inf)
+    np.array(at_q["thresholds"], dtype=float),
+    nan=np.inf,
+    posinf=np.inf,
+    neginf=-np.inf,
+  )
   return Run(
-      accuracy=np.array([entry["accuracy"] for entry in results["anytime"]]),
-      curve=np.array([(entry["macs"], entry["accuracy"])
-                      for entry in results["budgeted"]]),
-      macs=np.array(results["macs"]),
-      weights=metrics["weights"],
-      correct=scores["correct"],
-      confidence=scores["confidence"],
-      exits=np.argmax(scores["confidence"] >= thresholds, axis=1),
-      seconds=results["seconds"]["train"])
+    accuracy=np.array([entry["accuracy"] for entry in results["anytime"]]),
+    curve=np.array(
+      [(entry["macs"], entry["accuracy"]) for entry in results["budgeted"]]
+    ),
+    macs=np.array(results["macs"]),
+    weights=metrics["weights"],
+    correct=scores["correct"],
+    confidence=scores["confidence"],
+    exits=np.argmax(scores["confidence"] >= thresholds, axis=1),
+    seconds=results["seconds"]["train"],
+  )
 
 
 def accuracy_at(curve: np.ndarray, macs: np.ndarray) -> np.ndarray:
@@ -102,16 +109,20 @@ def common_costs(runs: Sequence[Run], num: int) -> np.ndarray:
   high = min(run.curve[:, 0].max() for run in runs)
   if low > high:
     raise ValueError(
-        f"no mean cost is on the curves of all runs: one begins at {low:.4g} "
-        f"MACs and one ends at {high:.4g}")
+      f"no mean cost is on the curves of all runs: one begins at {low:.4g} "
+      f"MACs and one ends at {high:.4g}"
+    )
   return np.linspace(low, high, num)
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
   """{"n", "mean", "std"} over the first axis; std is None for a single value."""
   n = len(values)
-  return {"n": n, "mean": values.mean(axis=0).tolist(),
-          "std": values.std(axis=0, ddof=1).tolist() if n > 1 else None}
+  return {
+    "n": n,
+    "mean": values.mean(axis=0).tolist(),
+    "std": values.std(axis=0, ddof=1).tolist() if n > 1 else None,
+  }
 
 
 def paired(values: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
@@ -126,11 +137,13 @@ def paired(values: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
   found = spread(difference)
   if found["n"] == 1:
     return found | {"low": None, "high": None}
-  reach = (stats.t.ppf((1 + CONFIDENCE) / 2, found["n"] - 1)
-           * np.array(found["std"]) / math.sqrt(found["n"]))
+  reach = (
+    stats.t.ppf((1 + CONFIDENCE) / 2, found["n"] - 1)
+    * np.array(found["std"])
+    / math.sqrt(found["n"])
+  )
   mean = np.array(found["mean"])
-  return found | {"low": (mean - reach).tolist(),
-                  "high": (mean + reach).tolist()}
+  return found | {"low": (mean - reach).tolist(), "high": (mean + reach).tolist()}
 
 
 def easy_to_hard(reference: Sequence[Run]) -> np.ndarray:
@@ -139,21 +152,30 @@ def easy_to_hard(reference: Sequence[Run]) -> np.ndarray:
   Ranked by the confidence of the reference's exits, counted negative where they
   are wrong, in the mean over exits and runs: from surely right to surely wrong.
   """
-  ease = np.mean([np.where(run.correct, run.confidence, -run.confidence)
-                  for run in reference], axis=(0, 2))
+  ease = np.mean(
+    [np.where(run.correct, run.confidence, -run.confidence) for run in reference],
+    axis=(0, 2),
+  )
   group = np.empty(len(ease), int)
   group[np.argsort(-ease, kind="stable")] = (
-      np.arange(len(ease)) * NUM_GROUPS // len(ease))
+    np.arange(len(ease)) * NUM_GROUPS // len(ease)
+  )
   return group
 
 
 def leaving(runs: Sequence[Run], group: np.ndarray) -> np.ndarray:
   """[NUM_GROUPS K] share of each group that leaves at each exit, over all runs."""
   num_exits = len(runs[0].macs)
-  return np.array([
-      np.mean([np.bincount(run.exits[group == g], minlength=num_exits)
-               for run in runs], axis=0) / max((group == g).sum(), 1)
-      for g in range(NUM_GROUPS)])
+  return np.array(
+    [
+      np.mean(
+        [np.bincount(run.exits[group == g], minlength=num_exits) for run in runs],
+        axis=0,
+      )
+      / max((group == g).sum(), 1)
+      for g in range(NUM_GROUPS)
+    ]
+  )
 
 
 def summarize(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
@@ -171,39 +193,49 @@ def summarize(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
   for name, found in runs.items():
     if len(found) != len(runs[reference]):
       raise ValueError(
-          f"{name} has {len(found)} runs and {reference} {len(runs[reference])}; "
-          "each needs one for every seed")
+        f"{name} has {len(found)} runs and {reference} {len(runs[reference])}; "
+        "each needs one for every seed"
+      )
   for run in everything:
-    if (not np.array_equal(run.macs, everything[0].macs)
-        or len(run.exits) != len(everything[0].exits)):
+    if not np.array_equal(run.macs, everything[0].macs) or len(run.exits) != len(
+      everything[0].exits
+    ):
       raise ValueError(
-          "the runs have other networks or other test images, so they cannot "
-          "be compared; use another workdir")
+        "the runs have other networks or other test images, so they cannot "
+        "be compared; use another workdir"
+      )
   costs = common_costs(everything, NUM_POINTS)
-  anytime = {name: np.array([run.accuracy for run in found])
-             for name, found in runs.items()}
-  budgeted = {name: np.array([accuracy_at(run.curve, costs) for run in found])
-              for name, found in runs.items()}
+  anytime = {
+    name: np.array([run.accuracy for run in found]) for name, found in runs.items()
+  }
+  budgeted = {
+    name: np.array([accuracy_at(run.curve, costs) for run in found])
+    for name, found in runs.items()
+  }
   group = easy_to_hard(runs[reference])
   return {
-      "reference": reference,
-      "seeds": len(runs[reference]),
-      "test_images": len(group),
-      "confidence": CONFIDENCE,
-      "macs": everything[0].macs.tolist(),
-      "costs": costs.tolist(),
-      "methods": {
-          name: {
-              "anytime": spread(anytime[name]),
-              "budgeted": spread(budgeted[name]),
-              "leaving": leaving(found, group).tolist(),
-              "seconds": spread(np.array([run.seconds for run in found]))}
-          for name, found in runs.items()},
-      "differences": {
-          name: {
-              "anytime": paired(anytime[name], anytime[reference]),
-              "budgeted": paired(budgeted[name], budgeted[reference])}
-          for name in others},
+    "reference": reference,
+    "seeds": len(runs[reference]),
+    "test_images": len(group),
+    "confidence": CONFIDENCE,
+    "macs": everything[0].macs.tolist(),
+    "costs": costs.tolist(),
+    "methods": {
+      name: {
+        "anytime": spread(anytime[name]),
+        "budgeted": spread(budgeted[name]),
+        "leaving": leaving(found, group).tolist(),
+        "seconds": spread(np.array([run.seconds for run in found])),
+      }
+      for name, found in runs.items()
+    },
+    "differences": {
+      name: {
+        "anytime": paired(anytime[name], anytime[reference]),
+        "budgeted": paired(budgeted[name], budgeted[reference]),
+      }
+      for name in others
+    },
   }
 
 
@@ -211,41 +243,64 @@ def rows(summary: dict[str, Any], kind: str) -> tuple[list[str], list[list[str]]
   """(head, rows) of a table in percent; kind is "anytime" or "budgeted"."""
   scale, unit = report.cost_scale(summary)
   if kind == "anytime":
-    head = ["", *(f"exit {k}: {cost / scale:.3g} {unit}"
-                  for k, cost in enumerate(summary["macs"], 1))]
+    head = [
+      "",
+      *(
+        f"exit {k}: {cost / scale:.3g} {unit}"
+        for k, cost in enumerate(summary["macs"], 1)
+      ),
+    ]
   else:
-    head = ["", *(f"mean {cost / scale:.3g} {unit}"
-                  for cost in summary["costs"])]
+    head = ["", *(f"mean {cost / scale:.3g} {unit}" for cost in summary["costs"])]
   table = []
   for name, found in summary["methods"].items():
     found = found[kind]
     stds = found["std"] or [None] * len(found["mean"])
-    table.append([f"{name} (n = {found['n']})", *(
-        f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
-        for mean, std in zip(found["mean"], stds, strict=True))])
+    table.append(
+      [
+        f"{name} (n = {found['n']})",
+        *(
+          f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+          for mean, std in zip(found["mean"], stds, strict=True)
+        ),
+      ]
+    )
   for name, found in summary["differences"].items():
     found = found[kind]
-    ends = (zip(found["low"], found["high"], strict=True) if found["low"]
-            else [(None, None)] * len(found["mean"]))
-    table.append([f"{name} - {summary['reference']}", *(
-        f"{100 * mean:+.2f}" + (
-            "" if low is None else f" [{100 * low:+.2f}, {100 * high:+.2f}]")
-        for mean, (low, high) in zip(found["mean"], ends, strict=True))])
+    ends = (
+      zip(found["low"], found["high"], strict=True)
+      if found["low"]
+      else [(None, None)] * len(found["mean"])
+    )
+    table.append(
+      [
+        f"{name} - {summary['reference']}",
+        *(
+          f"{100 * mean:+.2f}"
+          + ("" if low is None else f" [{100 * low:+.2f}, {100 * high:+.2f}]")
+          for mean, (low, high) in zip(found["mean"], ends, strict=True)
+        ),
+      ]
+    )
   return head, table
 
 
 TITLES = {
-    "anytime": "Test accuracy (%) of every exit",
-    "budgeted": "Test accuracy (%) with early exits, at equal mean cost"}
+  "anytime": "Test accuracy (%) of every exit",
+  "budgeted": "Test accuracy (%) with early exits, at equal mean cost",
+}
 
 
 def _explain(summary: dict[str, Any]) -> str:
   images, seeds = summary["test_images"], summary["seeds"]
-  spoken = ("One seed, so nothing is said about spread" if seeds == 1 else
-            f"Mean ± standard deviation over {seeds} seeds, and the mean "
-            "difference seed by seed with its 95 % t interval, which speaks of "
-            "new seeds on the same images")
-  return (f"{spoken}. {images:,} test images; one is {100 / images:.2g} points.")
+  spoken = (
+    "One seed, so nothing is said about spread"
+    if seeds == 1
+    else f"Mean ± standard deviation over {seeds} seeds, and the mean "
+    "difference seed by seed with its 95 % t interval, which speaks of "
+    "new seeds on the same images"
+  )
+  return f"{spoken}. {images:,} test images; one is {100 / images:.2g} points."
 
 
 def as_text(summary: dict[str, Any]) -> str:
@@ -253,26 +308,33 @@ def as_text(summary: dict[str, Any]) -> str:
   lines = [_explain(summary)]
   for kind, title in TITLES.items():
     head, table = rows(summary, kind)
-    widths = [max(len(row[i]) for row in [head, *table])
-              for i in range(len(head))]
+    widths = [max(len(row[i]) for row in [head, *table]) for i in range(len(head))]
     lines += ["", title, ""]
     for i, row in enumerate([head, *table]):
-      lines.append("| " + " | ".join(
-          cell.ljust(width)
-          for cell, width in zip(row, widths, strict=True)) + " |")
+      lines.append(
+        "| "
+        + " | ".join(
+          cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        )
+        + " |"
+      )
       if i == 0:
         lines.append("|" + "|".join("-" * (w + 2) for w in widths) + "|")
-  seconds = {name: found["seconds"] for name, found in
-             summary["methods"].items()}
-  lines += ["", "Seconds of training: " + ", ".join(
-      f"{name} {found['mean']:.0f}" + (
-          "" if found["std"] is None else f" ± {found['std']:.0f}")
-      for name, found in seconds.items())]
+  seconds = {name: found["seconds"] for name, found in summary["methods"].items()}
+  lines += [
+    "",
+    "Seconds of training: "
+    + ", ".join(
+      f"{name} {found['mean']:.0f}"
+      + ("" if found["std"] is None else f" ± {found['std']:.0f}")
+      for name, found in seconds.items()
+    ),
+  ]
   return "\n".join(lines) + "\n"
 
 
 def write(
-    workdir: pathlib.Path, runs: Mapping[str, Sequence[pathlib.Path]],
+  workdir: pathlib.Path, runs: Mapping[str, Sequence[pathlib.Path]]
 ) -> dict[str, Any]:
   """Writes comparison.json, comparison.txt and comparison/index.html.
 
@@ -288,67 +350,86 @@ def write(
   """
   import matplotlib
 
-  found = {name: [read_run(path) for path in paths]
-           for name, paths in runs.items()}
+  found = {name: [read_run(path) for path in paths] for name, paths in runs.items()}
   summary = summarize(found)
   folder = workdir / "comparison"
   folder.mkdir(exist_ok=True)
   with matplotlib.rc_context(report.STYLE):
-    figures = {"curves.png": draw_curves(found),
-               "leaving.png": draw_leaving(summary)}
+    figures = {
+      "curves.png": draw_curves(found),
+      "leaving.png": draw_leaving(summary),
+    }
     if summary["differences"]:
       figures["gain.png"] = draw_gain(found)
-    weighted = {name: runs for name, runs in found.items()
-                if all(run.weights for run in runs)}
+    weighted = {
+      name: runs for name, runs in found.items() if all(run.weights for run in runs)
+    }
     if weighted:
       figures["weights.png"] = draw_weights(weighted)
     report.write_pictures(folder, figures)
   files.write(folder / "index.html", render(summary, figures))
-  files.write(
-      workdir / "comparison.json",
-      json.dumps(summary, indent=2) + "\n")
+  files.write(workdir / "comparison.json", json.dumps(summary, indent=2) + "\n")
   files.write(workdir / "comparison.txt", as_text(summary))
   return summary
 
 
 CAPTIONS = {
-    "curves.png": "Mean over the seeds, and a band of one standard deviation. "
-    "Lines: early exits. Circles: every image at one exit.",
-    "gain.png": "Accuracy beyond that of the reference at equal mean cost, mean "
-    "of the differences seed by seed with its 95 % t interval at each cost.",
-    "weights.png": "Mean weight of the training samples in each loss bin, early "
-    "and late in training; the band is one standard deviation over the seeds.",
-    "leaving.png": f"Test images in {NUM_GROUPS} groups of one size, from those "
-    "that the exits of the reference are surely right about to those they are "
-    f"surely wrong about, and where they leave at q = {AT_Q}.",
+  "curves.png": "Mean over the seeds, and a band of one standard deviation. "
+  "Lines: early exits. Circles: every image at one exit.",
+  "gain.png": "Accuracy beyond that of the reference at equal mean cost, mean "
+  "of the differences seed by seed with its 95 % t interval at each cost.",
+  "weights.png": "Mean weight of the training samples in each loss bin, early "
+  "and late in training; the band is one standard deviation over the seeds.",
+  "leaving.png": f"Test images in {NUM_GROUPS} groups of one size, from those "
+  "that the exits of the reference are surely right about to those they are "
+  f"surely wrong about, and where they leave at q = {AT_Q}.",
 }
 
 
 def render(summary: dict[str, Any], pictures: Mapping[str, Any]) -> str:
   """The page, with the pictures there are."""
-  title = escape(" against ".join(
+  title = escape(
+    " against ".join(
       [", ".join(summary["differences"]), summary["reference"]]
-      if summary["differences"] else [summary["reference"]]))
+      if summary["differences"]
+      else [summary["reference"]]
+    )
+  )
   tables = "\n".join(
-      f"<h2>{heading}</h2>\n{report.table(*rows(summary, kind))}"
-      for kind, heading in TITLES.items())
-  figures = "\n".join(report.picture(name, caption)
-                      for name, caption in CAPTIONS.items() if name in pictures)
-  return report.PAGE.format(title=title, body=f"""<h1>{title}</h1>
+    f"<h2>{heading}</h2>\n{report.table(*rows(summary, kind))}"
+    for kind, heading in TITLES.items()
+  )
+  figures = "\n".join(
+    report.picture(name, caption)
+    for name, caption in CAPTIONS.items()
+    if name in pictures
+  )
+  return report.PAGE.format(
+    title=title,
+    body=f"""<h1>{title}</h1>
 <p>{escape(_explain(summary))}
 All numbers: <a href="../comparison.json">comparison.json</a>.</p>
 {tables}
 <h2>Pictures</h2>
-{figures}""")
+{figures}""",
+  )
 
 
 def _method_colors(names) -> dict[str, str]:
   # The reference is grey; the others differ in hue and lightness.
-  hues = ["#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#a16207", "#0e7490",
-          "#be185d"]
+  hues = [
+    "#c2410c",
+    "#1d4ed8",
+    "#15803d",
+    "#7e22ce",
+    "#a16207",
+    "#0e7490",
+    "#be185d",
+  ]
   reference, *others = names
   return {reference: "#5f6368"} | {
-      name: hues[i % len(hues)] for i, name in enumerate(others)}
+    name: hues[i % len(hues)] for i, name in enumerate(others)
+  }
 
 
 def draw_curves(runs: Mapping[str, Sequence[Run]]):
@@ -362,10 +443,19 @@ def draw_curves(runs: Mapping[str, Sequence[Run]]):
     found = 100 * np.array([accuracy_at(run.curve, costs) for run in runs[name]])
     _band(axes, costs / scale, found.mean(0), _std(found), color, name)
     single = 100 * np.mean([run.accuracy for run in runs[name]], axis=0)
-    axes.plot(everything[0].macs / scale, single, "o", color=color,
-              markerfacecolor="none", markersize=6)
-  axes.set(title="Accuracy against cost", xlabel=f"cost per image, mean ({unit})",
-           ylabel="test accuracy (%)")
+    axes.plot(
+      everything[0].macs / scale,
+      single,
+      "o",
+      color=color,
+      markerfacecolor="none",
+      markersize=6,
+    )
+  axes.set(
+    title="Accuracy against cost",
+    xlabel=f"cost per image, mean ({unit})",
+    ylabel="test accuracy (%)",
+  )
   figure.legend(loc="outside lower center", ncols=4)
   return figure
 
@@ -375,8 +465,10 @@ def draw_gain(runs: Mapping[str, Sequence[Run]]):
   everything = [run for found in runs.values() for run in found]
   costs = common_costs(everything, NUM_DRAWN)
   scale, unit = report.cost_scale({"macs": everything[0].macs})
-  at = {name: np.array([accuracy_at(run.curve, costs) for run in found])
-        for name, found in runs.items()}
+  at = {
+    name: np.array([accuracy_at(run.curve, costs) for run in found])
+    for name, found in runs.items()
+  }
   reference, *others = runs
   figure = report.new_figure(7.5, 3.8)
   axes = figure.add_subplot()
@@ -385,11 +477,17 @@ def draw_gain(runs: Mapping[str, Sequence[Run]]):
   for name in others:
     found = paired(at[name], at[reference])
     mean = 100 * np.array(found["mean"])
-    reach = (np.zeros_like(mean) if found["high"] is None
-             else 100 * np.array(found["high"]) - mean)
+    reach = (
+      np.zeros_like(mean)
+      if found["high"] is None
+      else 100 * np.array(found["high"]) - mean
+    )
     _band(axes, costs / scale, mean, reach, colors[name], name)
-  axes.set(title=f"Gain over {reference} at equal mean cost",
-           xlabel=f"cost per image, mean ({unit})", ylabel="points")
+  axes.set(
+    title=f"Gain over {reference} at equal mean cost",
+    xlabel=f"cost per image, mean ({unit})",
+    ylabel="points",
+  )
   figure.legend(loc="outside lower center", ncols=4)
   return figure
 
@@ -399,7 +497,8 @@ def draw_weights(runs: Mapping[str, Sequence[Run]]):
   num_exits = len(next(iter(runs.values()))[0].macs)
   figure = report.new_figure(max(2.1 * num_exits, 4.5), 2.2 * len(runs) + 0.8)
   panels = figure.subplots(
-      len(runs), num_exits, sharex=True, sharey=True, squeeze=False)
+    len(runs), num_exits, sharex=True, sharey=True, squeeze=False
+  )
   for row, (name, found) in zip(panels, runs.items(), strict=True):
     for which, color in ((0, "#f59e0b"), (-1, "#7f1d1d")):
       lines = [run.weights[which] for run in found]
@@ -408,8 +507,14 @@ def draw_weights(runs: Mapping[str, Sequence[Run]]):
       # A bin counts where every seed has samples in it.
       mean, std = weight.mean(0), _std(weight)
       for k, axes in enumerate(row):
-        _band(axes, (edges[:-1] + edges[1:]) / 2, mean[k], std[k], color,
-              f"epoch {lines[0]['epoch']:g}")
+        _band(
+          axes,
+          (edges[:-1] + edges[1:]) / 2,
+          mean[k],
+          std[k],
+          color,
+          f"epoch {lines[0]['epoch']:g}",
+        )
         axes.set_title(f"{name}, exit {k + 1}", fontsize=8)
     for axes in row:
       axes.axhline(1, color="#9aa0a6", linewidth=0.8)
@@ -431,26 +536,35 @@ def draw_leaving(summary: dict[str, Any]):
     below = np.zeros(NUM_GROUPS)
     shares = 100 * np.array(found["leaving"])
     for k, color in enumerate(report.exit_colors(num_exits)):
-      axes.bar(range(NUM_GROUPS), shares[:, k], 0.9, bottom=below, color=color,
-               label=f"exit {k + 1}")
+      axes.bar(
+        range(NUM_GROUPS),
+        shares[:, k],
+        0.9,
+        bottom=below,
+        color=color,
+        label=f"exit {k + 1}",
+      )
       below += shares[:, k]
     axes.grid(False)
     axes.set(title=name, ylim=(0, 100))
     axes.set_xticks([0, NUM_GROUPS - 1], ["easy", "hard"])
-  for axes in panels[len(methods):]:
+  for axes in panels[len(methods) :]:
     axes.remove()
   figure.supylabel("test images leaving (%)", fontsize=9)
-  figure.legend(*panels[0].get_legend_handles_labels(),
-                loc="outside right center", reverse=True)
+  figure.legend(
+    *panels[0].get_legend_handles_labels(), loc="outside right center", reverse=True
+  )
   return figure
 
 
 def _std(values: np.ndarray) -> np.ndarray:
-  return (values.std(axis=0, ddof=1) if len(values) > 1
-          else np.zeros(values.shape[1:]))
+  return (
+    values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+  )
 
 
 def _band(axes, x, mean, reach, color, label) -> None:
   axes.plot(x, mean, color=color, label=label)
-  axes.fill_between(x, mean - reach, mean + reach, color=color, alpha=0.18,
-                    linewidth=0)
+  axes.fill_between(
+    x, mean - reach, mean + reach, color=color, alpha=0.18, linewidth=0
+  )

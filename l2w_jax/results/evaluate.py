@@ -5,6 +5,7 @@ number of devices: the last batch is padded and its padding dropped. Thresholds
 come from the calibration split (without one, as released, from the train split)
 and are applied to the test split.
 """
+
 from __future__ import annotations
 
 import json
@@ -49,71 +50,92 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   """
   began = time.monotonic()
   target = exit_targets.parse(config.evaluate.target)
-  diagnoses = (directory.read_metrics(workdir)["diagnose"]
-               if config.diagnose.every and parallel.is_writer() else [])
+  diagnoses = (
+    directory.read_metrics(workdir)["diagnose"]
+    if config.diagnose.every and parallel.is_writer()
+    else []
+  )
   dataset = sources.load(config.data)
   num_devices = parallel.count_devices(config.num_devices)
   backbone = models.build_backbone(
-      config.model, dataset.num_classes, dataset.image_shape)
+    config.model, dataset.num_classes, dataset.image_shape
+  )
   state, info = checkpoint.restore(workdir, config, backbone)
   variables = parallel.replicate(state.variables, num_devices)
   # A run that trained on everything chooses thresholds there, as released.
-  chosen_on = (dataset.calibration if len(dataset.calibration.labels)
-               else dataset.train)
+  chosen_on = (
+    dataset.calibration if len(dataset.calibration.labels) else dataset.train
+  )
   num_calibration = len(chosen_on.labels)
   total = num_calibration + len(dataset.test.labels)
-  with Progress(total, unit="image", label="evaluate",
-                silent=not parallel.is_writer()) as progress:
+  with Progress(
+    total, unit="image", label="evaluate", silent=not parallel.is_writer()
+  ) as progress:
     with progress.compiling("the evaluation"):
       score = scores_lib.compile_scorer(
-          variables, backbone, dataset, config, num_devices)
+        variables, backbone, dataset, config, num_devices
+      )
     calibration = score(variables, chosen_on)
     progress.update(num_calibration, {})
     test = score(variables, dataset.test)
     progress.update(total, {})
   thresholds = exit_policy.find_thresholds(
-      calibration.confidence,
-      exit_policy.proportions(QS, backbone.num_exits),
-      calibration=config.evaluate.calibration)
+    calibration.confidence,
+    exit_policy.proportions(QS, backbone.num_exits),
+    calibration=config.evaluate.calibration,
+  )
   results = {
-      "method": config.method,
-      "dataset": config.data.source,
-      "num_classes": dataset.num_classes,
-      "image_shape": list(dataset.image_shape),
-      "class_names": list(dataset.class_names),
-      "mean": np.asarray(dataset.mean, float).tolist(),
-      "std": np.asarray(dataset.std, float).tolist(),
-      "samples": {name: len(getattr(dataset, name).labels)
-                  for name in ("train", "calibration", "test")},
-      "params": int(backbone.params_to_exit[-1]),
-      "params_to_exit": backbone.params_to_exit.tolist(),
-      "macs": backbone.macs.tolist(),
-      **curves(calibration, test, backbone.macs, thresholds),
-      "confidence": config.evaluate.confidence,
-      "chosen": {"target": config.evaluate.target, **operating_point(
-          target, calibration, test, dataset, backbone.macs,
-          config.evaluate.calibration)},
-      "dominating": dominating(calibration, test, backbone.macs, thresholds),
-      "temperatures": temperatures(
-          calibration, chosen_on.labels, test),
-      "step": int(state.step),
-      "epochs": config.epochs,
-      "seconds": {**info["seconds"], "evaluate": time.monotonic() - began},
-      "device": {"platform": jax.default_backend(),
-                 "kind": jax.local_devices()[0].device_kind,
-                 "count": num_devices},
-      "versions": {name: _version(name) for name in
-                   ("l2w_jax", "jax", "flax", "optax", "orbax-checkpoint")},
-      "complete": bool(info["complete"]),
+    "method": config.method,
+    "dataset": config.data.source,
+    "num_classes": dataset.num_classes,
+    "image_shape": list(dataset.image_shape),
+    "class_names": list(dataset.class_names),
+    "mean": np.asarray(dataset.mean, float).tolist(),
+    "std": np.asarray(dataset.std, float).tolist(),
+    "samples": {
+      name: len(getattr(dataset, name).labels)
+      for name in ("train", "calibration", "test")
+    },
+    "params": int(backbone.params_to_exit[-1]),
+    "params_to_exit": backbone.params_to_exit.tolist(),
+    "macs": backbone.macs.tolist(),
+    **curves(calibration, test, backbone.macs, thresholds),
+    "confidence": config.evaluate.confidence,
+    "chosen": {
+      "target": config.evaluate.target,
+      **operating_point(
+        target,
+        calibration,
+        test,
+        dataset,
+        backbone.macs,
+        config.evaluate.calibration,
+      ),
+    },
+    "dominating": dominating(calibration, test, backbone.macs, thresholds),
+    "temperatures": temperatures(calibration, chosen_on.labels, test),
+    "step": int(state.step),
+    "epochs": config.epochs,
+    "seconds": {**info["seconds"], "evaluate": time.monotonic() - began},
+    "device": {
+      "platform": jax.default_backend(),
+      "kind": jax.local_devices()[0].device_kind,
+      "count": num_devices,
+    },
+    "versions": {
+      name: _version(name)
+      for name in ("l2w_jax", "jax", "flax", "optax", "orbax-checkpoint")
+    },
+    "complete": bool(info["complete"]),
   }
   if parallel.is_writer():
     if diagnoses:
       results["diagnostics"] = diagnostics.summarize(diagnoses)
     _write_samples(workdir, dataset, test, thresholds)
-    files.write_arrays(workdir / "scores.npz", confidence=test.confidence,
-                  correct=test.correct)
-    files.write(
-        workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    files.write_arrays(
+      workdir / "scores.npz", confidence=test.confidence, correct=test.correct
+    )
+    files.write(workdir / "results.json", json.dumps(results, indent=2) + "\n")
   return results
 
 
@@ -125,7 +147,7 @@ def _version(package: str) -> str:
 
 
 def curves(
-    calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array,
+  calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array
 ) -> dict[str, list[dict[str, Any]]]:
   """The "anytime" and "budgeted" lists of results.json.
 
@@ -136,33 +158,41 @@ def curves(
   """
   anytime = exit_policy.anytime(test.correct, macs)
   anytime_calibration = exit_policy.anytime(calibration.correct, macs)
-  budgeted = exit_policy.budgeted(
-      test.confidence, test.correct, macs, thresholds)
+  budgeted = exit_policy.budgeted(test.confidence, test.correct, macs, thresholds)
   budgeted_calibration = exit_policy.budgeted(
-      calibration.confidence, calibration.correct, macs, thresholds)
+    calibration.confidence, calibration.correct, macs, thresholds
+  )
   return {
-      "anytime": [
-          {"exit": k + 1, "macs": float(macs[k]),
-           "accuracy": float(anytime[k]),
-           "calibration_accuracy": float(anytime_calibration[k])}
-          for k in range(len(macs))],
-      "budgeted": _rows(thresholds, budgeted_calibration, budgeted),
+    "anytime": [
+      {
+        "exit": k + 1,
+        "macs": float(macs[k]),
+        "accuracy": float(anytime[k]),
+        "calibration_accuracy": float(anytime_calibration[k]),
+      }
+      for k in range(len(macs))
+    ],
+    "budgeted": _rows(thresholds, budgeted_calibration, budgeted),
   }
 
 
 def _rows(thresholds, calibration, test) -> list[dict[str, Any]]:
   return [
-      {"q": q, "thresholds": [_json_number(t) for t in thresholds[i]],
-       "calibration_accuracy": float(calibration.accuracy[i]),
-       "calibration_macs": float(calibration.macs[i]),
-       "accuracy": float(test.accuracy[i]),
-       "macs": float(test.macs[i]),
-       "exits": [float(f) for f in test.exits[i]]}
-      for i, q in enumerate(QS)]
+    {
+      "q": q,
+      "thresholds": [_json_number(t) for t in thresholds[i]],
+      "calibration_accuracy": float(calibration.accuracy[i]),
+      "calibration_macs": float(calibration.macs[i]),
+      "accuracy": float(test.accuracy[i]),
+      "macs": float(test.macs[i]),
+      "exits": [float(f) for f in test.exits[i]],
+    }
+    for i, q in enumerate(QS)
+  ]
 
 
 def dominating(
-    calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array,
+  calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array
 ) -> list[dict[str, Any]]:
   """The "dominating" list of results.json, one row per row of "budgeted".
 
@@ -170,15 +200,24 @@ def dominating(
   more costly than its counterpart; what the test split says is reported as is.
   """
   found = exit_targets.dominate(
-      calibration.confidence, calibration.correct, macs, thresholds)
-  return _rows(found, *(
+    calibration.confidence, calibration.correct, macs, thresholds
+  )
+  return _rows(
+    found,
+    *(
       exit_policy.budgeted(scores.confidence, scores.correct, macs, found)
-      for scores in (calibration, test)))
+      for scores in (calibration, test)
+    ),
+  )
 
 
 def operating_point(
-    target: exit_targets.Target, calibration: Scores, test: Scores,
-    dataset: sources.Dataset, macs: np.ndarray, search: str,
+  target: exit_targets.Target,
+  calibration: Scores,
+  test: Scores,
+  dataset: sources.Dataset,
+  macs: np.ndarray,
+  search: str,
 ) -> dict[str, Any]:
   """The "chosen" entry of results.json: one target, by exit and by class.
 
@@ -186,30 +225,47 @@ def operating_point(
     ValueError: no thresholds reach the target.
   """
   choice = exit_targets.choose(
-      target, calibration.confidence, calibration.correct, macs, search)
+    target, calibration.confidence, calibration.correct, macs, search
+  )
   result = exit_policy.budgeted(
-      test.confidence, test.correct, macs, choice.thresholds)
+    test.confidence, test.correct, macs, choice.thresholds
+  )
   table = exit_policy.breakdown(
-      test.confidence, test.correct, dataset.test.labels, choice.thresholds,
-      dataset.num_classes)
-  by_class = zip(dataset.class_names, table.class_accuracy,
-                 table.class_macs(macs), table.left, strict=True)
+    test.confidence,
+    test.correct,
+    dataset.test.labels,
+    choice.thresholds,
+    dataset.num_classes,
+  )
+  by_class = zip(
+    dataset.class_names,
+    table.class_accuracy,
+    table.class_macs(macs),
+    table.left,
+    strict=True,
+  )
   return {
-      "thresholds": [_json_number(t) for t in choice.thresholds],
-      "calibration_accuracy": choice.accuracy,
-      "calibration_macs": choice.macs,
-      "accuracy": float(result.accuracy), "macs": float(result.macs),
-      "exits": [float(f) for f in result.exits],
-      "exit_accuracy": [_or_none(a) for a in table.exit_accuracy],
-      "classes": [
-          {"class": name, "accuracy": _or_none(accuracy),
-           "macs": _or_none(cost), "left": left.tolist()}
-          for name, accuracy, cost, left in by_class],
+    "thresholds": [_json_number(t) for t in choice.thresholds],
+    "calibration_accuracy": choice.accuracy,
+    "calibration_macs": choice.macs,
+    "accuracy": float(result.accuracy),
+    "macs": float(result.macs),
+    "exits": [float(f) for f in result.exits],
+    "exit_accuracy": [_or_none(a) for a in table.exit_accuracy],
+    "classes": [
+      {
+        "class": name,
+        "accuracy": _or_none(accuracy),
+        "macs": _or_none(cost),
+        "left": left.tolist(),
+      }
+      for name, accuracy, cost, left in by_class
+    ],
   }
 
 
 def temperatures(
-    calibration: Scores, calibration_labels: np.ndarray, test: Scores,
+  calibration: Scores, calibration_labels: np.ndarray, test: Scores
 ) -> list[dict[str, float]]:
   """The "temperatures" list of results.json, one entry per exit.
 
@@ -217,16 +273,25 @@ def temperatures(
   on their first `LOGITS_KEPT` samples.
   """
   fitted = temperature.fit(
-      calibration.logits, calibration_labels[:len(calibration.logits)])
+    calibration.logits, calibration_labels[: len(calibration.logits)]
+  )
   before, after = (
-      temperature.calibration_error(
-          temperature.scaled_confidence(test.logits, t),
-          test.correct[:len(test.logits)])
-      for t in (jnp.ones_like(fitted), fitted))
+    temperature.calibration_error(
+      temperature.scaled_confidence(test.logits, t),
+      test.correct[: len(test.logits)],
+    )
+    for t in (jnp.ones_like(fitted), fitted)
+  )
   return [
-      {"exit": k + 1, "temperature": float(t), "ece": float(before[k]),
-       "ece_scaled": float(after[k]), "samples": len(test.logits)}
-      for k, t in enumerate(fitted)]
+    {
+      "exit": k + 1,
+      "temperature": float(t),
+      "ece": float(before[k]),
+      "ece_scaled": float(after[k]),
+      "samples": len(test.logits),
+    }
+    for k, t in enumerate(fitted)
+  ]
 
 
 def _or_none(x) -> float | None:
@@ -244,12 +309,15 @@ def _write_samples(workdir, dataset, test, thresholds):
   """samples.npz: test images with the exit each takes at one budget."""
   row = thresholds[QS.index(SAMPLES_AT_Q)]
   exits = np.asarray(exit_policy.exits_taken(test.confidence, row))
-  shown = np.concatenate([
-      np.flatnonzero(exits == k)[:40] for k in range(len(row))])
+  shown = np.concatenate([np.flatnonzero(exits == k)[:40] for k in range(len(row))])
   at_exit = (shown, exits[shown])
   files.write_arrays(
-      workdir / "samples.npz", images=dataset.test.images[shown],
-      labels=dataset.test.labels[shown], exits=exits[shown],
-      predictions=test.prediction[at_exit],
-      confidence=test.confidence[at_exit], q=SAMPLES_AT_Q,
-      class_names=np.array(dataset.class_names))
+    workdir / "samples.npz",
+    images=dataset.test.images[shown],
+    labels=dataset.test.labels[shown],
+    exits=exits[shown],
+    predictions=test.prediction[at_exit],
+    confidence=test.confidence[at_exit],
+    q=SAMPLES_AT_Q,
+    class_names=np.array(dataset.class_names),
+  )

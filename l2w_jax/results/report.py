@@ -21,15 +21,33 @@ import numpy as np
 from l2w_jax.run import directory, files
 
 STYLE = {
-  "font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11,
-  "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-  "axes.axisbelow": True, "axes.edgecolor": "#8a8f98", "grid.color": "#e8eaed",
-  "grid.linewidth": 0.8, "legend.frameon": False, "lines.linewidth": 1.6,
-  "text.color": "#202124", "axes.labelcolor": "#3c4043",
-  "xtick.color": "#5f6368", "ytick.color": "#5f6368", "savefig.dpi": 150}
+  "font.size": 9,
+  "axes.titlesize": 10,
+  "figure.titlesize": 11,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "axes.edgecolor": "#8a8f98",
+  "grid.color": "#e8eaed",
+  "grid.linewidth": 0.8,
+  "legend.frameon": False,
+  "lines.linewidth": 1.6,
+  "text.color": "#202124",
+  "axes.labelcolor": "#3c4043",
+  "xtick.color": "#5f6368",
+  "ytick.color": "#5f6368",
+  "savefig.dpi": 150,
+}
 INK, ACCENT, WRONG = "#202124", "#c2410c", "#b3261e"
-ESTIMATOR_HEAD = ["estimator", "cosine with exact", "relative error",
-                  "million operations", "temporary MiB", "ms"]
+ESTIMATOR_HEAD = [
+  "estimator",
+  "cosine with exact",
+  "relative error",
+  "million operations",
+  "temporary MiB",
+  "ms",
+]
 MAX_WEIGHT_LINES, MAX_LOSS_POINTS = 12, 200
 SAMPLE_COLUMNS, SAMPLE_ROWS = 8, 2
 
@@ -83,7 +101,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
       "curves.png": draw_curves(results),
       "exits.png": draw_exits(results),
       "samples.png": draw_samples(samples, len(results["anytime"])),
-      "training.png": draw_training(metrics, len(results["anytime"]))}
+      "training.png": draw_training(metrics, len(results["anytime"])),
+    }
     if metrics["weights"]:
       figures["weights.png"] = draw_weights(metrics["weights"])
     else:
@@ -93,8 +112,14 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     if latency:
       figures["latency.png"] = draw_latency(latency)
     write_pictures(report, figures)
-  page = render_page(config, results, float(samples["q"]),
-                     bool(metrics["weights"]), latency, metrics["diagnose"])
+  page = render_page(
+    config,
+    results,
+    float(samples["q"]),
+    bool(metrics["weights"]),
+    latency,
+    metrics["diagnose"],
+  )
   files.write(report / "index.html", page.encode())
   return report / "index.html"
 
@@ -124,12 +149,14 @@ def cost_scale(results: dict) -> tuple[float, str]:
 def exit_colors(num_exits: int) -> np.ndarray:
   """[K 4] colours of the exits, first to last."""
   import matplotlib
+
   return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, num_exits))
 
 
 def new_figure(width: float, height: float):
   """An empty figure of that many inches, of no window."""
   from matplotlib.figure import Figure
+
   return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -138,28 +165,55 @@ def draw_curves(results: dict):
   scale, unit = cost_scale(results)
   figure = new_figure(7.5, 4.4)
   axes = figure.add_subplot()
-  points = _array(sorted((entry["macs"] / scale, 100 * entry["accuracy"])
-                         for entry in results["budgeted"]))
-  axes.plot(points[:, 0], points[:, 1], ".-", color=ACCENT, markersize=5,
-            label="budgeted: early exits, one point per q")
+  points = _array(
+    sorted(
+      (entry["macs"] / scale, 100 * entry["accuracy"])
+      for entry in results["budgeted"]
+    )
+  )
+  axes.plot(
+    points[:, 0],
+    points[:, 1],
+    ".-",
+    color=ACCENT,
+    markersize=5,
+    label="budgeted: early exits, one point per q",
+  )
   macs = [entry["macs"] / scale for entry in results["anytime"]]
   accuracy = [100 * entry["accuracy"] for entry in results["anytime"]]
-  axes.plot(macs, accuracy, "o-", color="#9aa0a6", zorder=1,
-            label="anytime: every image leaves at one exit")
-  axes.scatter(macs, accuracy, s=55, color=exit_colors(len(macs)),
-               edgecolor="white", zorder=3)
+  axes.plot(
+    macs,
+    accuracy,
+    "o-",
+    color="#9aa0a6",
+    zorder=1,
+    label="anytime: every image leaves at one exit",
+  )
+  axes.scatter(
+    macs, accuracy, s=55, color=exit_colors(len(macs)), edgecolor="white", zorder=3
+  )
   for k, point in enumerate(zip(macs, accuracy, strict=True), 1):
-    axes.annotate(f"{k}", point, (0, -7), textcoords="offset points",
-                  ha="center", va="top", fontsize=8, color="#5f6368")
+    axes.annotate(
+      f"{k}",
+      point,
+      (0, -7),
+      textcoords="offset points",
+      ha="center",
+      va="top",
+      fontsize=8,
+      color="#5f6368",
+    )
   axes.margins(x=0.05, y=0.12)
   # At least ten test images from bottom to top, or noise looks like signal.
   low, high = axes.get_ylim()
   span = max(high - low, 1000 / max(results["samples"]["test"], 1))
   high = min((low + high + span) / 2, 100 + span / 10)
   axes.set_ylim(high - span, high)
-  axes.set(title="Accuracy against cost (numbers: exits)",
-           xlabel=f"cost per image, mean ({unit})",
-           ylabel="test accuracy (%)")
+  axes.set(
+    title="Accuracy against cost (numbers: exits)",
+    xlabel=f"cost per image, mean ({unit})",
+    ylabel="test accuracy (%)",
+  )
   figure.legend(loc="outside lower center", ncols=2)
   return figure
 
@@ -174,14 +228,23 @@ def draw_exits(results: dict):
   axes = figure.add_subplot()
   below = np.zeros(len(q))
   for k, color in enumerate(exit_colors(shares.shape[1])):
-    axes.bar(q, shares[:, k], width * 0.92, bottom=below, color=color,
-             label=f"exit {k + 1}")
+    axes.bar(
+      q,
+      shares[:, k],
+      width * 0.92,
+      bottom=below,
+      color=color,
+      label=f"exit {k + 1}",
+    )
     below += shares[:, k]
   axes.grid(False)
   axes.margins(x=0.01 if len(q) > 1 else 2)
-  axes.set(title="Where images leave", ylim=(0, 100),
-           xlabel="q (a larger budget to the right)",
-           ylabel="test images leaving (%)")
+  axes.set(
+    title="Where images leave",
+    ylim=(0, 100),
+    xlabel="q (a larger budget to the right)",
+    ylabel="test images leaving (%)",
+  )
   # Reversed, so that the legend reads in the order of the stack.
   figure.legend(loc="outside right center", reverse=True)
   return figure
@@ -192,26 +255,35 @@ def draw_weights(lines: list[dict]):
   import matplotlib
 
   chosen = np.unique(
-    np.linspace(0, len(lines) - 1, MAX_WEIGHT_LINES).round().astype(int))
+    np.linspace(0, len(lines) - 1, MAX_WEIGHT_LINES).round().astype(int)
+  )
   lines = [lines[i] for i in chosen]
   num_exits = len(lines[0]["mean_weight"])
   rows = math.ceil(num_exits / 4)
   columns = math.ceil(num_exits / rows)
   figure = new_figure(max(2.1 * columns + 1.2, 4.5), 2.3 * rows + 0.9)
   panels = figure.subplots(
-    rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    rows, columns, sharex=True, sharey=True, squeeze=False
+  ).ravel()
   epochs = [line["epoch"] for line in lines]
   color_of = matplotlib.cm.ScalarMappable(
     matplotlib.colors.Normalize(min(epochs), max(max(epochs), min(epochs) + 1)),
     matplotlib.colors.LinearSegmentedColormap.from_list(
-      "epochs", matplotlib.colormaps["YlOrRd"](np.linspace(0.35, 1.0, 64))))
+      "epochs", matplotlib.colormaps["YlOrRd"](np.linspace(0.35, 1.0, 64))
+    ),
+  )
   for k, axes in enumerate(panels[:num_exits]):
     axes.axhline(1.0, color="#9aa0a6", linewidth=0.9)
     for line in lines:
       edges = _array(line["loss_bins"])
-      axes.plot((edges[:-1] + edges[1:]) / 2, _array(line["mean_weight"][k]),
-                ".-", markersize=4, linewidth=1.2,
-                color=color_of.to_rgba(line["epoch"]))
+      axes.plot(
+        (edges[:-1] + edges[1:]) / 2,
+        _array(line["mean_weight"][k]),
+        ".-",
+        markersize=4,
+        linewidth=1.2,
+        color=color_of.to_rgba(line["epoch"]),
+      )
     axes.set_title(f"exit {k + 1}")
     # A panel with none below it shows the ticks it shares.
     axes.tick_params(labelbottom=k + columns >= num_exits)
@@ -220,8 +292,13 @@ def draw_weights(lines: list[dict]):
   figure.suptitle("Mean sample weight against loss, over training")
   figure.supxlabel("loss (nats)", fontsize=9)
   figure.supylabel("sample weight", fontsize=9)
-  figure.colorbar(color_of, ax=panels[:num_exits].tolist(), label="epoch",
-                  aspect=30, fraction=0.03)
+  figure.colorbar(
+    color_of,
+    ax=panels[:num_exits].tolist(),
+    label="epoch",
+    aspect=30,
+    fraction=0.03,
+  )
   return figure
 
 
@@ -231,17 +308,24 @@ def draw_diagnostics(lines: list[dict]):
   (error, noise), (moved, confident) = figure.subplots(2, 2)
   epochs = [line["epoch"] for line in lines]
   for name in lines[-1]["estimators"]:
-    values = _array([line["estimators"].get(name, {}).get("relative_error")
-                     for line in lines])
+    values = _array(
+      [line["estimators"].get(name, {}).get("relative_error") for line in lines]
+    )
     if np.nanmax(values, initial=0) > 0:
       error.plot(epochs, np.where(values > 0, values, np.nan), ".-", label=name)
-  error.set(title="Error of the estimators", xlabel="epoch", yscale="log",
-            ylabel="relative to the exact gradient")
+  error.set(
+    title="Error of the estimators",
+    xlabel="epoch",
+    yscale="log",
+    ylabel="relative to the exact gradient",
+  )
   if error.lines:
     error.legend(fontsize=7)
   snr = _array([line["signal_to_noise_by_exit"] for line in lines])
-  easy, hard = (_array([line[name] for line in lines])
-                for name in ("easy_weight", "hard_weight"))
+  easy, hard = (
+    _array([line[name] for line in lines])
+    for name in ("easy_weight", "hard_weight")
+  )
   edges = _array(lines[-1]["confidence_bins"])
   for k, color in enumerate(exit_colors(snr.shape[1])):
     noise.plot(epochs, snr[:, k], ".-", color=color, label=f"exit {k + 1}")
@@ -249,18 +333,31 @@ def draw_diagnostics(lines: list[dict]):
     moved.plot(epochs, hard[:, k], ".--", color=color)
     confident.plot(
       (edges[:-1] + edges[1:]) / 2,
-      _array(lines[-1]["weight_by_confidence"][k]), ".-", color=color)
+      _array(lines[-1]["weight_by_confidence"][k]),
+      ".-",
+      color=color,
+    )
   noise.axhline(0, color="#9aa0a6", linewidth=0.9)
-  noise.set(title="Signal to noise of one meta half", xlabel="epoch",
-            ylabel="|mean|² / variance")
+  noise.set(
+    title="Signal to noise of one meta half",
+    xlabel="epoch",
+    ylabel="|mean|² / variance",
+  )
   moved.axhline(1, color="#9aa0a6", linewidth=0.9)
-  moved.set(title="Easiest quarter (solid), hardest (dashed)", xlabel="epoch",
-            ylabel="mean sample weight")
+  moved.set(
+    title="Easiest quarter (solid), hardest (dashed)",
+    xlabel="epoch",
+    ylabel="mean sample weight",
+  )
   confident.axhline(1, color="#9aa0a6", linewidth=0.9)
-  confident.set(title=f"Weights at epoch {epochs[-1]:g}",
-                xlabel="confidence at the exit", ylabel="mean sample weight")
-  figure.legend(*noise.get_legend_handles_labels(), loc="outside right center",
-                reverse=True)
+  confident.set(
+    title=f"Weights at epoch {epochs[-1]:g}",
+    xlabel="confidence at the exit",
+    ylabel="mean sample weight",
+  )
+  figure.legend(
+    *noise.get_legend_handles_labels(), loc="outside right center", reverse=True
+  )
   return figure
 
 
@@ -269,16 +366,26 @@ def estimator_rows(lines: list[dict]) -> list[list[str]]:
 
   Cells of a table, means over "diagnose" lines; `ESTIMATOR_HEAD` is its head.
   """
+
   def mean(name, key):
-    values = [line["estimators"][name][key] for line in lines
-              if line["estimators"].get(name, {}).get(key) is not None]
+    values = [
+      line["estimators"][name][key]
+      for line in lines
+      if line["estimators"].get(name, {}).get(key) is not None
+    ]
     return sum(values) / len(values) if values else math.nan
 
   return [
-    [name, f"{mean(name, 'cosine'):.4f}", f"{mean(name, 'relative_error'):.1e}",
-     f"{mean(name, 'flops') / 1e6:,.0f}",
-     f"{mean(name, 'temporary_bytes') / 2**20:,.1f}",
-     f"{mean(name, 'ms'):,.1f}"] for name in lines[-1]["estimators"]]
+    [
+      name,
+      f"{mean(name, 'cosine'):.4f}",
+      f"{mean(name, 'relative_error'):.1e}",
+      f"{mean(name, 'flops') / 1e6:,.0f}",
+      f"{mean(name, 'temporary_bytes') / 2**20:,.1f}",
+      f"{mean(name, 'ms'):,.1f}",
+    ]
+    for name in lines[-1]["estimators"]
+  ]
 
 
 def estimator_table(lines: list[dict]) -> str:
@@ -294,13 +401,15 @@ def draw_latency(latency: dict):
   for axes, batch in zip(panels, batches, strict=True):
     rows = [row for row in latency["rows"] if row["batch"] == batch]
     most = max(row["speedup_by_macs"] for row in rows)
-    axes.plot([1, most], [1, most], color="#9aa0a6", linewidth=0.9,
-              label="as MACs promise")
+    axes.plot(
+      [1, most], [1, most], color="#9aa0a6", linewidth=0.9, label="as MACs promise"
+    )
     groups = {}
     for row in rows:
       if row["kind"] != "full":
         groups.setdefault(_way(row), []).append(
-          (row["speedup_by_macs"], row["speedup"]))
+          (row["speedup_by_macs"], row["speedup"])
+        )
     for name, points in groups.items():
       axes.plot(*_array(sorted(points)).T, ".-", label=name)
     axes.set(title=f"batch {batch}", xlabel="times fewer MACs")
@@ -313,10 +422,11 @@ def _diagnostics_section(lines: list[dict]) -> str:
   if not lines:
     return ""
   shown = picture(
-    "diagnostics.png", "One train half and the same meta halves throughout. "
-    "Signal to noise below 0: less signal than noise of its own size explains.")
-  return (f"<h2>Meta-gradient</h2>\n{shown}\n"
-          f"{estimator_table(lines)}")
+    "diagnostics.png",
+    "One train half and the same meta halves throughout. "
+    "Signal to noise below 0: less signal than noise of its own size explains.",
+  )
+  return f"<h2>Meta-gradient</h2>\n{shown}\n{estimator_table(lines)}"
 
 
 def _way(row: dict) -> str:
@@ -336,20 +446,27 @@ def draw_samples(samples: dict[str, np.ndarray], num_exits: int):
   brightest = max(int(samples["images"].max(initial=0)), 1)
   for k, group in zip(ends, groups, strict=True):
     here = np.flatnonzero(samples["exits"] == k)
-    group.suptitle(f"Left at exit {k + 1}" +
-                   ("" if len(here) else ": none of these images"))
+    group.suptitle(
+      f"Left at exit {k + 1}" + ("" if len(here) else ": none of these images")
+    )
     panels = group.subplots(SAMPLE_ROWS, SAMPLE_COLUMNS).ravel()
     for axes in panels:
       axes.axis("off")
     for i, axes in zip(here, panels, strict=False):
       image = samples["images"][i]
       label, guess = samples["labels"][i], samples["predictions"][i]
-      axes.imshow(image if image.shape[-1] == 3 else image[..., 0],
-                  cmap="gray_r", vmin=0, vmax=brightest,
-                  interpolation="nearest")
+      axes.imshow(
+        image if image.shape[-1] == 3 else image[..., 0],
+        cmap="gray_r",
+        vmin=0,
+        vmax=brightest,
+        interpolation="nearest",
+      )
       axes.set_title(
         names[label] if label == guess else f"{names[label]} → {names[guess]}",
-        fontsize=8, color=INK if label == guess else WRONG)
+        fontsize=8,
+        color=INK if label == guess else WRONG,
+      )
   return figure
 
 
@@ -361,39 +478,57 @@ def draw_training(metrics: dict[str, list[dict]], num_exits: int):
   figure = new_figure(9.0, 3.6)
   losses, accuracy = figure.subplots(1, 2)
   for name, color in (("train_loss", INK), ("meta_loss", ACCENT)):
-    points = _array([(line["epoch"], line[name]) for line in metrics["train"]
-                     if line.get(name) is not None])
+    points = _array(
+      [
+        (line["epoch"], line[name])
+        for line in metrics["train"]
+        if line.get(name) is not None
+      ]
+    )
     if len(points):
-      means = _array([part.mean(axis=0) for part in np.array_split(
-        points, min(len(points), MAX_LOSS_POINTS))])
-      losses.plot(*means.T, "." if len(means) == 1 else "-",
-                  color=color, label=name.replace("_", " "))
+      means = _array(
+        [
+          part.mean(axis=0)
+          for part in np.array_split(points, min(len(points), MAX_LOSS_POINTS))
+        ]
+      )
+      losses.plot(
+        *means.T,
+        "." if len(means) == 1 else "-",
+        color=color,
+        label=name.replace("_", " "),
+      )
       losses.legend()
   losses.set(title="Losses", xlabel="epoch", ylabel="sum over exits (nats)")
   epoch = [line["epoch"] for line in metrics["evaluate"]]
   for k, color in enumerate(exit_colors(num_exits)):
     percent = [100 * line["accuracy"][k] for line in metrics["evaluate"]]
     accuracy.plot(epoch, percent, ".-", color=color, label=f"exit {k + 1}")
-  accuracy.set(title="Accuracy on the calibration split", xlabel="epoch",
-               ylabel="accuracy (%)")
-  figure.legend(*accuracy.get_legend_handles_labels(),
-                loc="outside right center", reverse=True)
+  accuracy.set(
+    title="Accuracy on the calibration split", xlabel="epoch", ylabel="accuracy (%)"
+  )
+  figure.legend(
+    *accuracy.get_legend_handles_labels(), loc="outside right center", reverse=True
+  )
   return figure
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
   """An HTML table; cells are escaped."""
   lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
-  lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row)
-            for row in rows]
+  lines += [
+    "".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows
+  ]
   body = "\n".join(f"<tr>{line}</tr>" for line in lines)
   return f'<div class="scroll"><table>\n{body}\n</table></div>'
 
 
 def picture(name: str, caption: str) -> str:
   """A picture beside the page, as HTML."""
-  return (f'<figure><img src="{name}" alt="{escape(caption)}">'
-          f"<figcaption>{escape(caption)}</figcaption></figure>")
+  return (
+    f'<figure><img src="{name}" alt="{escape(caption)}">'
+    f"<figcaption>{escape(caption)}</figcaption></figure>"
+  )
 
 
 def _percent(fraction: float, digits: int = 2) -> str:
@@ -419,26 +554,37 @@ def _cards(results: dict) -> str:
   cards = {
     "test accuracy at the last exit": _percent(last["accuracy"]),
     f"at the first exit, {cost(first)}": _percent(first["accuracy"]),
-    f"with early exits at q = {middle['q']:g}, {cost(middle)}":
-      _percent(middle["accuracy"]),
+    f"with early exits at q = {middle['q']:g}, {cost(middle)}": _percent(
+      middle["accuracy"]
+    ),
     "parameters": f"{results['params']:,}",
     f"training, {results['step']:,} steps on {device['count']} × "
-    f"{device['kind']} ({device['platform']})":
-      f"{results['seconds']['train']:,.0f} s"}
-  boxes = "".join(f"<div><b>{escape(number)}</b>{escape(text)}</div>"
-                  for text, number in cards.items())
+    f"{device['kind']} ({device['platform']})": f"{results['seconds']['train']:,.0f} s",
+  }
+  boxes = "".join(
+    f"<div><b>{escape(number)}</b>{escape(text)}</div>"
+    for text, number in cards.items()
+  )
   return f'<div class="cards">{boxes}</div>'
 
 
 def _anytime_table(results: dict) -> str:
   scale, unit = cost_scale(results)
   return table(
-    ["exit", unit, "parameters to here", "calibration accuracy",
-     "test accuracy"],
-    [[entry["exit"], f"{entry['macs'] / scale:.3f}", f"{params:,}",
-      _percent(entry["calibration_accuracy"]), _percent(entry["accuracy"])]
-     for entry, params in zip(results["anytime"], results["params_to_exit"],
-                              strict=True)])
+    ["exit", unit, "parameters to here", "calibration accuracy", "test accuracy"],
+    [
+      [
+        entry["exit"],
+        f"{entry['macs'] / scale:.3f}",
+        f"{params:,}",
+        _percent(entry["calibration_accuracy"]),
+        _percent(entry["accuracy"]),
+      ]
+      for entry, params in zip(
+        results["anytime"], results["params_to_exit"], strict=True
+      )
+    ],
+  )
 
 
 def _budgeted_table(results: dict) -> str:
@@ -446,12 +592,26 @@ def _budgeted_table(results: dict) -> str:
   # Of q = 1/20, 2/20, ..., every fifth: 0.25, 0.5, ...
   entries = results["budgeted"][4::5] or results["budgeted"]
   return table(
-    ["q", f"mean {unit}", "calibration accuracy", "test accuracy",
-     "leaving at each exit (%)", "confidence to leave at each exit"],
-    [[f"{entry['q']:g}", f"{entry['macs'] / scale:.3f}",
-      _percent(entry["calibration_accuracy"]), _percent(entry["accuracy"]),
-      " · ".join(f"{100 * share:.0f}" for share in entry["exits"]),
-      " · ".join(map(_threshold, entry["thresholds"]))] for entry in entries])
+    [
+      "q",
+      f"mean {unit}",
+      "calibration accuracy",
+      "test accuracy",
+      "leaving at each exit (%)",
+      "confidence to leave at each exit",
+    ],
+    [
+      [
+        f"{entry['q']:g}",
+        f"{entry['macs'] / scale:.3f}",
+        _percent(entry["calibration_accuracy"]),
+        _percent(entry["accuracy"]),
+        " · ".join(f"{100 * share:.0f}" for share in entry["exits"]),
+        " · ".join(map(_threshold, entry["thresholds"])),
+      ]
+      for entry in entries
+    ],
+  )
 
 
 def _early_exit_sections(results: dict) -> str:
@@ -461,36 +621,83 @@ def _early_exit_sections(results: dict) -> str:
   scale, unit = cost_scale(results)
   chosen = results["chosen"]
   by_exit = table(
-    ["exit", "leaving (%)", "their accuracy", "temperature",
-     "calibration error", "after scaling"],
-    [[k, f"{100 * share:.1f}",
-      "–" if accuracy is None else _percent(accuracy),
-      f"{entry['temperature']:.2f}", _percent(entry["ece"]),
-      _percent(entry["ece_scaled"])]
-     for k, (share, accuracy, entry) in enumerate(zip(
-       chosen["exits"], chosen["exit_accuracy"], results["temperatures"],
-       strict=True), 1)])
+    [
+      "exit",
+      "leaving (%)",
+      "their accuracy",
+      "temperature",
+      "calibration error",
+      "after scaling",
+    ],
+    [
+      [
+        k,
+        f"{100 * share:.1f}",
+        "–" if accuracy is None else _percent(accuracy),
+        f"{entry['temperature']:.2f}",
+        _percent(entry["ece"]),
+        _percent(entry["ece_scaled"]),
+      ]
+      for k, (share, accuracy, entry) in enumerate(
+        zip(
+          chosen["exits"],
+          chosen["exit_accuracy"],
+          results["temperatures"],
+          strict=True,
+        ),
+        1,
+      )
+    ],
+  )
   # The hundred most expensive of many classes.
-  classes = sorted((entry for entry in chosen["classes"] if sum(entry["left"])),
-                   key=lambda entry: -entry["macs"])[:100]
+  classes = sorted(
+    (entry for entry in chosen["classes"] if sum(entry["left"])),
+    key=lambda entry: -entry["macs"],
+  )[:100]
   by_class = table(
     ["class", "accuracy", f"mean {unit}", "images leaving at each exit"],
-    [[entry["class"], _percent(entry["accuracy"]),
-      f"{entry['macs'] / scale:.3f}", " · ".join(map(str, entry["left"]))]
-     for entry in classes])
+    [
+      [
+        entry["class"],
+        _percent(entry["accuracy"]),
+        f"{entry['macs'] / scale:.3f}",
+        " · ".join(map(str, entry["left"])),
+      ]
+      for entry in classes
+    ],
+  )
   pairs = list(zip(results["budgeted"], results["dominating"], strict=True))
   beyond = table(
-    ["q", f"mean {unit}", "calibration accuracy", "test accuracy",
-     f"searched: mean {unit}", "calibration accuracy", "test accuracy"],
-    [[f"{family['q']:g}", *(cell for entry in (family, found) for cell in (
-      f"{entry['macs'] / scale:.3f}", _percent(entry["calibration_accuracy"]),
-      _percent(entry["accuracy"])))]
-     for family, found in pairs[4::5] or pairs])
-  return f"""<h2>Early exits at {escape(chosen['target'])}</h2>
-<p>Test accuracy {_percent(chosen['accuracy'])} at
-{chosen['macs'] / scale:.3f} {unit}; {_percent(chosen['calibration_accuracy'])}
-at {chosen['calibration_macs'] / scale:.3f} on the {_chosen_on(results)} split,
-where the thresholds were chosen. Confidence is {escape(results['confidence'])};
+    [
+      "q",
+      f"mean {unit}",
+      "calibration accuracy",
+      "test accuracy",
+      f"searched: mean {unit}",
+      "calibration accuracy",
+      "test accuracy",
+    ],
+    [
+      [
+        f"{family['q']:g}",
+        *(
+          cell
+          for entry in (family, found)
+          for cell in (
+            f"{entry['macs'] / scale:.3f}",
+            _percent(entry["calibration_accuracy"]),
+            _percent(entry["accuracy"]),
+          )
+        ),
+      ]
+      for family, found in pairs[4::5] or pairs
+    ],
+  )
+  return f"""<h2>Early exits at {escape(chosen["target"])}</h2>
+<p>Test accuracy {_percent(chosen["accuracy"])} at
+{chosen["macs"] / scale:.3f} {unit}; {_percent(chosen["calibration_accuracy"])}
+at {chosen["calibration_macs"] / scale:.3f} on the {_chosen_on(results)} split,
+where the thresholds were chosen. Confidence is {escape(results["confidence"])};
 temperatures are fitted on that split and judged on the test split, and change no
 exit.</p>
 {by_exit}
@@ -512,59 +719,106 @@ def _latency_section(latency: dict | None) -> str:
     return ""
   device = latency["device"]
   rows = table(
-    ["batch", "run", "point", "calls", "million MACs", "p50 (ms)", "p95 (ms)",
-     "images/s", "times as fast", "by MACs"],
-    [[row["batch"], _way(row), row["point"], row["calls"],
-      f"{row['macs'] / 1e6:.3f}", f"{row['p50_ms']:.3f}",
-      f"{row['p95_ms']:.3f}", f"{row['images_per_second']:,.0f}",
-      f"{row['speedup']:.2f}", f"{row['speedup_by_macs']:.2f}"]
-     for row in latency["rows"]])
+    [
+      "batch",
+      "run",
+      "point",
+      "calls",
+      "million MACs",
+      "p50 (ms)",
+      "p95 (ms)",
+      "images/s",
+      "times as fast",
+      "by MACs",
+    ],
+    [
+      [
+        row["batch"],
+        _way(row),
+        row["point"],
+        row["calls"],
+        f"{row['macs'] / 1e6:.3f}",
+        f"{row['p50_ms']:.3f}",
+        f"{row['p95_ms']:.3f}",
+        f"{row['images_per_second']:,.0f}",
+        f"{row['speedup']:.2f}",
+        f"{row['speedup_by_macs']:.2f}",
+      ]
+      for row in latency["rows"]
+    ],
+  )
   drawn = picture(
-    "latency.png", "Measured on the test images, against what the simulated "
-    "mean MACs promise.")
-  return (f"<h2>Latency</h2>\n<p>On {escape(device['kind'])} "
-          f"({escape(device['platform'])}), after step {latency['step']:,}; "
-          f"times are of whole calls.</p>\n{drawn}\n{rows}")
+    "latency.png",
+    "Measured on the test images, against what the simulated mean MACs promise.",
+  )
+  return (
+    f"<h2>Latency</h2>\n<p>On {escape(device['kind'])} "
+    f"({escape(device['platform'])}), after step {latency['step']:,}; "
+    f"times are of whole calls.</p>\n{drawn}\n{rows}"
+  )
 
 
-def render_page(config: dict, results: dict, q: float,
-                has_weights: bool, latency: dict | None = None,
-                diagnoses: list[dict] | None = None) -> str:
+def render_page(
+  config: dict,
+  results: dict,
+  q: float,
+  has_weights: bool,
+  latency: dict | None = None,
+  diagnoses: list[dict] | None = None,
+) -> str:
   """The page as HTML; `q` is that of the sample pictures."""
   count = results["samples"]
   if has_weights:
     weights = picture(
-      "weights.png", "Mean weight of the training samples in each loss bin. "
+      "weights.png",
+      "Mean weight of the training samples in each loss bin. "
       "The last bin also holds all larger losses. The grey line is weight 1, "
-      "plain training.")
+      "plain training.",
+    )
   elif results["method"] == "uniform":
-    weights = ("<p>Method uniform weighs every sample alike, so there are no "
-               "weights to show.</p>")
+    weights = (
+      "<p>Method uniform weighs every sample alike, so there are no "
+      "weights to show.</p>"
+    )
   else:
     weights = "<p>metrics.jsonl holds no line of kind weights to show.</p>"
   curves = picture(
-    "curves.png", "Anytime prediction stops every image at the same exit. "
+    "curves.png",
+    "Anytime prediction stops every image at the same exit. "
     "Budgeted classification lets each image leave at the first exit that is "
-    "confident enough; q sets how many are meant to leave where.")
+    "confident enough; q sets how many are meant to leave where.",
+  )
   exits = picture(
-    "exits.png", f"Thresholds were chosen on the {_chosen_on(results)} split.")
+    "exits.png", f"Thresholds were chosen on the {_chosen_on(results)} split."
+  )
   pictured = picture(
-    "samples.png", "The first test images to leave at either end at "
-    f"q = {q:g}. A wrong prediction is red: label → prediction.")
+    "samples.png",
+    "The first test images to leave at either end at "
+    f"q = {q:g}. A wrong prediction is red: label → prediction.",
+  )
   training = picture(
-    "training.png", "Losses of the training batches, and accuracy of each exit "
-    "on the calibration split.")
+    "training.png",
+    "Losses of the training batches, and accuracy of each exit "
+    "on the calibration split.",
+  )
   settings = json.dumps(
-    {"config": config} | {name: results[name] for name in
-                          ("step", "seconds", "device", "versions")},
-    indent=2, ensure_ascii=False)
-  unfinished = "" if results["complete"] else (
-    f", evaluated in mid-training after step {results['step']:,}")
+    {"config": config}
+    | {name: results[name] for name in ("step", "seconds", "device", "versions")},
+    indent=2,
+    ensure_ascii=False,
+  )
+  unfinished = (
+    ""
+    if results["complete"]
+    else (f", evaluated in mid-training after step {results['step']:,}")
+  )
   title = escape(f"{results['dataset']}, {results['method']}")
-  return PAGE.format(title=title, body=f"""<h1>{title}</h1>
-<p>{count['train']:,} training, {count['calibration']:,} calibration and
-{count['test']:,} test images; one test image is
-{100 / max(count['test'], 1):.2g} points. One run{unfinished}. All numbers:
+  return PAGE.format(
+    title=title,
+    body=f"""<h1>{title}</h1>
+<p>{count["train"]:,} training, {count["calibration"]:,} calibration and
+{count["test"]:,} test images; one test image is
+{100 / max(count["test"], 1):.2g} points. One run{unfinished}. All numbers:
 <a href="../results.json">results.json</a>.</p>
 {_cards(results)}
 <h2>Accuracy against cost</h2>
@@ -584,4 +838,5 @@ def render_page(config: dict, results: dict, q: float,
 <h2>Training</h2>
 {training}
 <h2>Settings and versions</h2>
-<pre>{escape(settings)}</pre>""")
+<pre>{escape(settings)}</pre>""",
+  )

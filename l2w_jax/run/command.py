@@ -4,6 +4,7 @@ A mistyped flag or key, an unreadable config file and any ValueError of the
 command itself end in one line on standard error and exit code 2.
 `--verbosity=1` shows where the error was raised.
 """
+
 from __future__ import annotations
 
 import re
@@ -28,8 +29,12 @@ def define_config(explanation: str) -> None:
   traceback nobody can catch. `FLAGS.config` is None where it is not given.
   """
   config_flags.DEFINE_config_file(
-      "config", None, f"Config file, FILE.py or FILE.py:ARGUMENT. "
-      f"--config.KEY=VALUE overrides a key. {explanation}", lock_config=True)
+    "config",
+    None,
+    f"Config file, FILE.py or FILE.py:ARGUMENT. "
+    f"--config.KEY=VALUE overrides a key. {explanation}",
+    lock_config=True,
+  )
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -73,8 +78,12 @@ def _one_line(error: Exception) -> str:
   message = str(error)
   if isinstance(error, (AttributeError, KeyError)):
     # The name of a key comes in quotes, and with every other key and value.
-    message = re.sub("Other fields present: .*?(?=Did you mean|$)", "",
-                     message.strip("'\""), flags=re.DOTALL)
+    message = re.sub(
+      "Other fields present: .*?(?=Did you mean|$)",
+      "",
+      message.strip("'\""),
+      flags=re.DOTALL,
+    )
   if isinstance(error, OSError) or "Traceback" in message:
     # Config files that cannot be read or run: the cause comes last.
     message = message.strip().splitlines()[-1]

@@ -3,6 +3,7 @@
 Only the command line calls this: a library leaves the settings of the process
 it is imported into alone.
 """
+
 from __future__ import annotations
 
 import os
@@ -28,7 +29,8 @@ def enable() -> pathlib.Path | None:
     the folder; None if nothing is kept, also where it cannot be created.
   """
   if "JAX_COMPILATION_CACHE_DIR" in os.environ or (
-      jax.config.jax_compilation_cache_dir):
+    jax.config.jax_compilation_cache_dir
+  ):
     chosen = jax.config.jax_compilation_cache_dir
     return pathlib.Path(chosen) if chosen else None
   folder = user_folder() / "jax"

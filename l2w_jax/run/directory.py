@@ -5,6 +5,7 @@ What cannot be read ends in one ValueError that names the file, what is wrong wi
 it, and the mode that writes it. Accuracy is a fraction in these files, cost in
 multiply-accumulates (MACs), losses in nats.
 """
+
 from __future__ import annotations
 
 import io
@@ -22,8 +23,14 @@ from l2w_jax.run import files
 
 # Keys that may change when a run is resumed; all others shape its result.
 FREE_KEYS = (
-    "evaluate", "log", "checkpoint", "diagnose", "num_devices", "data.data_dir",
-    "model.remat")
+  "evaluate",
+  "log",
+  "checkpoint",
+  "diagnose",
+  "num_devices",
+  "data.data_dir",
+  "model.remat",
+)
 
 
 def _keys(names: str) -> dict[str, None]:
@@ -32,31 +39,43 @@ def _keys(names: str) -> dict[str, None]:
 
 # What the inputs must hold: {name: what is inside it, if that is looked at}; a
 # list stands for any number of entries of one shape.
-RESULTS_SHAPE = _keys("method dataset params params_to_exit macs step versions"
-                      " complete") | {
+RESULTS_SHAPE = _keys(
+  "method dataset params params_to_exit macs step versions complete"
+) | {
   "samples": _keys("train calibration test"),
   "seconds": _keys("train"),
   "device": _keys("platform kind count"),
   "anytime": [_keys("exit macs accuracy calibration_accuracy")],
-  "budgeted": [
-    _keys("q thresholds calibration_accuracy accuracy macs exits")]}
+  "budgeted": [_keys("q thresholds calibration_accuracy accuracy macs exits")],
+}
 LATENCY_SHAPE = {
-  "step": None, "device": _keys("platform kind"),
-  "rows": [_keys("kind point batch calls macs p50_ms p95_ms images_per_second"
-                 " speedup speedup_by_macs")]}
+  "step": None,
+  "device": _keys("platform kind"),
+  "rows": [
+    _keys(
+      "kind point batch calls macs p50_ms p95_ms images_per_second"
+      " speedup speedup_by_macs"
+    )
+  ],
+}
 METRIC_SHAPES = {
-  "train": _keys("step epoch"), "evaluate": _keys("step epoch accuracy"),
+  "train": _keys("step epoch"),
+  "evaluate": _keys("step epoch accuracy"),
   "weights": _keys("step epoch loss_bins mean_weight"),
-  "diagnose": _keys("step epoch signal_to_noise_by_exit estimators easy_weight"
-                    " hard_weight confidence_bins weight_by_confidence")}
+  "diagnose": _keys(
+    "step epoch signal_to_noise_by_exit estimators easy_weight"
+    " hard_weight confidence_bins weight_by_confidence"
+  ),
+}
 PER_SAMPLE = ["images", "labels", "predictions", "exits", "confidence"]
 
 
 def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
   """config.json: every key of the run."""
   files.write(
-      workdir / "config.json",
-      json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    workdir / "config.json",
+    json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n",
+  )
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
@@ -66,11 +85,14 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     ValueError: the directory is missing, holds no run, or a broken config.
   """
   if not workdir.is_dir():
-    raise ValueError(f"workdir {workdir} does not exist; train one first with "
-                     "--mode=train")
+    raise ValueError(
+      f"workdir {workdir} does not exist; train one first with --mode=train"
+    )
   if not (workdir / "config.json").is_file():
-    raise ValueError(f"workdir {workdir} holds no run (no config.json); train "
-                     "one first with --mode=train")
+    raise ValueError(
+      f"workdir {workdir} holds no run (no config.json); train "
+      "one first with --mode=train"
+    )
   return config_lib.validate(config_lib.from_dict(config_values(workdir)))
 
 
@@ -90,8 +112,9 @@ def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
   changed = config_lib.differences(config, read_config(workdir), FREE_KEYS)
   if changed:
     raise ValueError(
-        f"workdir {workdir} was made with another config: config.{changed[0]}; "
-        "use another workdir, or the same config to resume")
+      f"workdir {workdir} was made with another config: config.{changed[0]}; "
+      "use another workdir, or the same config to resume"
+    )
 
 
 def read_results(workdir: pathlib.Path, *needed: str) -> dict[str, Any]:
@@ -100,6 +123,7 @@ def read_results(workdir: pathlib.Path, *needed: str) -> dict[str, Any]:
   Raises:
     ValueError: it is missing, broken or of an earlier version.
   """
+
   def parse(data):
     results = _parse_results(data)
     _require(dict.fromkeys(needed), results, "it")
@@ -155,7 +179,7 @@ def is_finished(workdir: pathlib.Path, name: str) -> bool:
 
 
 def check_same_images(
-    workdir: pathlib.Path, num_classes: int, image_shape: tuple[int, int, int],
+  workdir: pathlib.Path, num_classes: int, image_shape: tuple[int, int, int]
 ) -> None:
   """Raises ValueError if a run was evaluated on other classes or images.
 
@@ -168,24 +192,35 @@ def check_same_images(
   made_for = (results["num_classes"], tuple(results["image_shape"]))
   if made_for != (num_classes, tuple(image_shape)):
     raise ValueError(
-        f"workdir {workdir} was trained for {made_for[0]} classes and images of "
-        f"{'×'.join(map(str, made_for[1]))}, but its data now has {num_classes} "
-        f"and {'×'.join(map(str, image_shape))}; give it the data it was "
-        "trained on, or train into another workdir")
+      f"workdir {workdir} was trained for {made_for[0]} classes and images of "
+      f"{'×'.join(map(str, made_for[1]))}, but its data now has {num_classes} "
+      f"and {'×'.join(map(str, image_shape))}; give it the data it was "
+      "trained on, or train into another workdir"
+    )
 
 
-def _read(workdir: pathlib.Path, name: str, mode: str,
-          parse: Callable[[bytes], Any]) -> Any:
+def _read(
+  workdir: pathlib.Path, name: str, mode: str, parse: Callable[[bytes], Any]
+) -> Any:
   path = workdir / name
   config = "--config=CONFIG " if mode == "train" else ""
-  advice = (f"run `python -m l2w_jax.main {config}--workdir={workdir}"
-            f" --mode={mode}` first, which writes it")
+  advice = (
+    f"run `python -m l2w_jax.main {config}--workdir={workdir}"
+    f" --mode={mode}` first, which writes it"
+  )
   try:
     return parse(path.read_bytes())
   except FileNotFoundError:
     raise ValueError(f"{path} is missing; {advice}") from None
-  except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError,
-          zipfile.BadZipFile) as error:
+  except (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+  ) as error:
     raise ValueError(f"cannot use {path}: {error}; {advice}") from error
 
 
@@ -235,10 +270,12 @@ def _parse_metrics(data: bytes) -> dict[str, list[dict]]:
         _require(METRIC_SHAPES[entry["kind"]], entry, "it")
         lines[entry["kind"]][entry["step"]] = entry
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"line {number} is not a metric ({error}) and may be "
-                       "deleted, or") from error
-  return {kind: [steps[step] for step in sorted(steps)]
-          for kind, steps in lines.items()}
+      raise ValueError(
+        f"line {number} is not a metric ({error}) and may be deleted, or"
+      ) from error
+  return {
+    kind: [steps[step] for step in sorted(steps)] for kind, steps in lines.items()
+  }
 
 
 def _parse_samples(data: bytes) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
 """Files that are written whole: a reader sees the old or the new one."""
+
 from __future__ import annotations
 
 import io

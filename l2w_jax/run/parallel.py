@@ -9,6 +9,7 @@ A run of several processes (hosts) is one run over all of their devices:
 `num_devices` counts them all, and each process brings the rows of its own ones.
 Process 0, the writer, keeps the run directory.
 """
+
 from __future__ import annotations
 
 import json
@@ -46,6 +47,7 @@ class Collectives(NamedTuple):
   own_halves: rows of a batch of the whole run -> this device's, [2·B …]: rows of
     half 1, then rows of half 2.
   """
+
   axis_name: str | None = None
   num_devices: int = 1
   mean: Callable[[PyTree], PyTree] = _identity
@@ -87,9 +89,13 @@ def collectives(num_devices: int, sync: str = "global") -> Collectives:
   if sync == "local":
     return Collectives(across=mean, own_halves=own_halves)
   return Collectives(
-      AXIS, num_devices, mean=mean,
-      gather=lambda x: jax.lax.all_gather(x, AXIS, tiled=True),
-      own=own, own_halves=own_halves)
+    AXIS,
+    num_devices,
+    mean=mean,
+    gather=lambda x: jax.lax.all_gather(x, AXIS, tiled=True),
+    own=own,
+    own_halves=own_halves,
+  )
 
 
 def check_batch(batch: int, num_devices: int, num_parts: int = 1) -> None:
@@ -101,9 +107,10 @@ def check_batch(batch: int, num_devices: int, num_parts: int = 1) -> None:
   if batch % unit:
     parts = f" of {num_parts} parts each" if num_parts > 1 else ""
     raise ValueError(
-        f"batch {batch} does not split into two halves{parts} on {num_devices} "
-        f"device(s); use a multiple of {unit}, such as "
-        f"{max(1, round(batch / unit)) * unit}")
+      f"batch {batch} does not split into two halves{parts} on {num_devices} "
+      f"device(s); use a multiple of {unit}, such as "
+      f"{max(1, round(batch / unit)) * unit}"
+    )
 
 
 def count_devices(wanted: int) -> int:
@@ -115,12 +122,14 @@ def count_devices(wanted: int) -> int:
   available = jax.device_count()
   if wanted > available:
     raise ValueError(
-        f"config.num_devices is {wanted}, but this run has {available} "
-        f"{jax.default_backend()} device(s); use {available} or 0 for all")
+      f"config.num_devices is {wanted}, but this run has {available} "
+      f"{jax.default_backend()} device(s); use {available} or 0 for all"
+    )
   if jax.process_count() > 1 and wanted not in (0, available):
     raise ValueError(
-        f"config.num_devices is {wanted}, but {jax.process_count()} processes "
-        f"use all of their {available} devices; leave it at 0")
+      f"config.num_devices is {wanted}, but {jax.process_count()} processes "
+      f"use all of their {available} devices; leave it at 0"
+    )
   return wanted or available
 
 
@@ -133,8 +142,9 @@ def _spread(x: Rows, num_devices: int) -> Array:
   """[L …] of this process's L devices -> the mapped argument [D …] of all."""
   mesh = jax.sharding.Mesh(jax.devices()[:num_devices], AXIS)
   return jax.make_array_from_process_local_data(
-      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)),
-      np.asarray(x))
+    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)),
+    np.asarray(x),
+  )
 
 
 def replicate(tree: PyTree, num_devices: int) -> PyTree:
@@ -143,10 +153,11 @@ def replicate(tree: PyTree, num_devices: int) -> PyTree:
     return jax.device_put(tree)
   local = _local(num_devices)
   if local < num_devices:
-    return jax.tree.map(lambda x: _spread(
-        np.broadcast_to(x, (local, *np.shape(x))), num_devices), tree)
-  return jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (local, *jnp.shape(x))), tree)
+    return jax.tree.map(
+      lambda x: _spread(np.broadcast_to(x, (local, *np.shape(x))), num_devices),
+      tree,
+    )
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (local, *jnp.shape(x))), tree)
 
 
 def first(tree: PyTree, num_devices: int) -> PyTree:
@@ -170,8 +181,7 @@ def put_rows(x: np.ndarray, num_devices: int) -> Array:
   """`split_rows`, each row block on its own device already."""
   if num_devices == 1:
     return jax.device_put(x)
-  return _spread(
-      x.reshape(_local(num_devices), -1, *x.shape[1:]), num_devices)
+  return _spread(x.reshape(_local(num_devices), -1, *x.shape[1:]), num_devices)
 
 
 def own_rows(batch: int) -> slice:
@@ -181,7 +191,8 @@ def own_rows(batch: int) -> slice:
 
 
 def rows_of_host(
-    batch: int, num_devices: int, host: int, num_hosts: int) -> np.ndarray:
+  batch: int, num_devices: int, host: int, num_hosts: int
+) -> np.ndarray:
   """The rows of a loader batch that the devices of a host take, in their order.
 
   Device d of all D takes rows [d·B/D, (d+1)·B/D) of either half, as `own_halves`
@@ -194,12 +205,11 @@ def rows_of_host(
 
 def own_rows_of_halves(batch: int, num_devices: int) -> np.ndarray:
   """`rows_of_host` of this process."""
-  return rows_of_host(
-      batch, num_devices, jax.process_index(), jax.process_count())
+  return rows_of_host(batch, num_devices, jax.process_index(), jax.process_count())
 
 
 def map_devices(
-    function: Callable, num_devices: int, donate_argnums: tuple[int, ...] = (),
+  function: Callable, num_devices: int, donate_argnums: tuple[int, ...] = ()
 ) -> Callable:
   """Pmap of `function` over the first `num_devices` devices; jit for one.
 
@@ -208,13 +218,18 @@ def map_devices(
   if num_devices == 1:
     return jax.jit(function, donate_argnums=donate_argnums)
   return jax.pmap(
-      function, AXIS, devices=jax.devices()[:num_devices],
-      donate_argnums=donate_argnums)
+    function,
+    AXIS,
+    devices=jax.devices()[:num_devices],
+    donate_argnums=donate_argnums,
+  )
 
 
 def initialize(
-    coordinator: str | None = None, num_processes: int | None = None,
-    process_id: int | None = None) -> None:
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
   """Makes this process one of a run of several; before JAX is used at all.
 
   Without arguments the cluster's environment (Cloud TPU, Slurm, Open MPI) says
@@ -232,24 +247,30 @@ def initialize(
   given = (coordinator, num_processes, process_id)
   if any(x is None for x in given) and any(x is not None for x in given):
     raise ValueError(
-        "--coordinator=HOST:PORT, --num_processes and --process_id belong "
-        f"together; got {coordinator}, {num_processes}, {process_id}")
+      "--coordinator=HOST:PORT, --num_processes and --process_id belong "
+      f"together; got {coordinator}, {num_processes}, {process_id}"
+    )
   if num_processes is not None and not 0 <= process_id < num_processes:
-    raise ValueError(f"--process_id={process_id} must be at least 0 and below "
-                     f"--num_processes={num_processes}")
+    raise ValueError(
+      f"--process_id={process_id} must be at least 0 and below "
+      f"--num_processes={num_processes}"
+    )
   # JAX would catch SIGTERM; a process that is asked to stop should.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
-        *given, initialization_timeout=JOIN_SECONDS,
-        heartbeat_timeout_seconds=SILENCE_SECONDS,
-        shutdown_timeout_seconds=SILENCE_SECONDS)
+      *given,
+      initialization_timeout=JOIN_SECONDS,
+      heartbeat_timeout_seconds=SILENCE_SECONDS,
+      shutdown_timeout_seconds=SILENCE_SECONDS,
+    )
   except (ValueError, RuntimeError) as error:
     raise ValueError(
-        "the processes of this run did not find each other: "
-        f"{str(error).splitlines()[0]}; start all of them within "
-        f"{JOIN_SECONDS} s, each with the same --coordinator and "
-        "--num_processes and its own --process_id") from error
+      "the processes of this run did not find each other: "
+      f"{str(error).splitlines()[0]}; start all of them within "
+      f"{JOIN_SECONDS} s, each with the same --coordinator and "
+      "--num_processes and its own --process_id"
+    ) from error
 
 
 def is_writer() -> bool:

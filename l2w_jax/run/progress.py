@@ -35,8 +35,7 @@ def duration(seconds: float) -> str:
 def format_values(values: Mapping[str, Any]) -> list[str]:
   """Each value becomes "name value": ints whole, the rest to three digits."""
   return [
-    f"{name} {value}" if isinstance(value, int) else
-    f"{name} {float(value):#.3g}"
+    f"{name} {value}" if isinstance(value, int) else f"{name} {float(value):#.3g}"
     for name, value in values.items()
   ]
 
@@ -56,11 +55,17 @@ class Progress:
     silent: writes nothing, for all but one process of a run.
   """
 
-  def __init__(self, total: int, unit: str = "step", label: str = "train",
-               interval: float = 10.0, start: int = 0,
-               stream: io.TextIOBase | None = None,
-               clock: Callable[[], float] = time.monotonic,
-               silent: bool = False):
+  def __init__(
+    self,
+    total: int,
+    unit: str = "step",
+    label: str = "train",
+    interval: float = 10.0,
+    start: int = 0,
+    stream: io.TextIOBase | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    silent: bool = False,
+  ):
     self._silent = silent
     self._total, self._unit, self._label = total, unit, label
     self._clock = clock
@@ -75,12 +80,18 @@ class Progress:
   def __enter__(self) -> Progress:
     if self._live:
       from tqdm import tqdm
+
       # tqdm's own measure hides the bar where a terminal says it is 0 by 0.
       size = shutil.get_terminal_size()
       self._bar = tqdm(
-        total=self._total, initial=self._done, desc=self._label,
-        file=self._stream, bar_format=BAR_FORMAT, ncols=size.columns,
-        nrows=size.lines)
+        total=self._total,
+        initial=self._done,
+        desc=self._label,
+        file=self._stream,
+        bar_format=BAR_FORMAT,
+        ncols=size.columns,
+        nrows=size.lines,
+      )
     return self
 
   def __exit__(self, error_type, error, traceback) -> None:
@@ -119,8 +130,11 @@ class Progress:
     waited for, only when a line is due. A narrow terminal cuts the last ones.
     """
     self._done, self._values = done, values
-    due = (self._mark is None or done >= self._total
-           or self._clock() - self._shown_at >= self._interval)
+    due = (
+      self._mark is None
+      or done >= self._total
+      or self._clock() - self._shown_at >= self._interval
+    )
     if due:
       self._show()
 
@@ -148,7 +162,10 @@ class Progress:
     if self._done <= first or now <= began:
       return []
     rate = (self._done - first) / (now - began)
-    speed = (f"{rate:.1f} {self._unit}s/s" if rate >= 1
-             else f"{1 / rate:.1f} s/{self._unit}")
+    speed = (
+      f"{rate:.1f} {self._unit}s/s"
+      if rate >= 1
+      else f"{1 / rate:.1f} s/{self._unit}"
+    )
     left = max(self._total - self._done, 0) / rate
     return [speed, f"{duration(left)} left"]

@@ -5,6 +5,7 @@ written beside and renamed. A checkpoint carries a digest of every array, becaus
 a flipped bit restores as a wrong number without an error. A damaged step is
 stepped over, with a warning, in favour of the one before.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -26,8 +27,10 @@ from l2w_jax.training.state import TrainState, abstract_state
 def digests(state: PyTree) -> dict[str, int]:
   """CRC-32 of every array of a state, by its path."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-  return {jax.tree_util.keystr(path): zlib.crc32(
-      np.ascontiguousarray(leaf).tobytes()) for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).tobytes())
+    for path, leaf in leaves
+  }
 
 
 class Checkpoints:
@@ -47,13 +50,18 @@ class Checkpoints:
     if jax.process_count() > 1:
       # Every process has the whole state; Orbax need not know of the others.
       alone = ocp.options.MultiprocessingOptions(
-          primary_host=0, active_processes={0}, barrier_sync_key_prefix="writer")
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="writer"
+      )
       if keep is not None:
         self._folder.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
-        self._folder, options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, multiprocessing_options=alone,
-            create=keep is not None and jax.process_count() == 1))
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        multiprocessing_options=alone,
+        create=keep is not None and jax.process_count() == 1,
+      ),
+    )
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -76,8 +84,12 @@ class Checkpoints:
     # A copy: the caller's next step may reuse the memory while this is written.
     state = jax.tree.map(np.array, state)
     info = {**info, "digests": digests(state)}
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)))
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)
+      ),
+    )
 
   def restore(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
     """(state, info) of the latest sound step; None if there is no step at all.
@@ -95,8 +107,11 @@ class Checkpoints:
     info = parallel.from_writer(found and found[1])
     if info is None:
       return None
-    state = found[0] if found else jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), template)
+    state = (
+      found[0]
+      if found
+      else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+    )
     return parallel.arrays_from_writer(state), info
 
   def _latest(self, template):
@@ -106,35 +121,45 @@ class Checkpoints:
         return self._restore(step, template)
       except Exception as error:  # damaged files raise anything
         reason = str(error).strip().split("\n")[0]
-        logging.warning("checkpoint %d in %s cannot be used (%s: %s)", step,
-                        self._folder, type(error).__name__, reason)
+        logging.warning(
+          "checkpoint %d in %s cannot be used (%s: %s)",
+          step,
+          self._folder,
+          type(error).__name__,
+          reason,
+        )
     if steps:
       raise ValueError(
-          f"no checkpoint in {self._folder} can be restored (tried "
-          f"{', '.join(map(str, steps))}); it may belong to another model or "
-          "be damaged. Use another workdir, or delete the folder to start over")
+        f"no checkpoint in {self._folder} can be restored (tried "
+        f"{', '.join(map(str, steps))}); it may belong to another model or "
+        "be damaged. Use another workdir, or delete the folder to start over"
+      )
     return None
 
   def _restore(self, step, template):
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract),
-        info=ocp.args.JsonRestore()))
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), info=ocp.args.JsonRestore()
+      ),
+    )
     info = restored.info
     expected = info.pop("digests")
     for path, digest in digests(restored.state).items():
       if digest != expected[path]:
         raise ValueError(f"{path} does not match its digest")
     # Orbax returns what it finds, whatever shape was asked for.
-    for found, wanted in zip(jax.tree.leaves(restored.state),
-                             jax.tree.leaves(abstract), strict=True):
+    for found, wanted in zip(
+      jax.tree.leaves(restored.state), jax.tree.leaves(abstract), strict=True
+    ):
       if found.shape != wanted.shape:
         raise ValueError(f"an array is {found.shape}, not {wanted.shape}")
     return restored.state, info
 
 
 def restore(
-    workdir: pathlib.Path, config: ConfigDict, backbone: Backbone,
+  workdir: pathlib.Path, config: ConfigDict, backbone: Backbone
 ) -> tuple[TrainState, dict[str, Any]]:
   """(state, info) of the latest sound checkpoint of a run directory.
 
@@ -145,6 +170,7 @@ def restore(
   with Checkpoints(workdir) as checkpoints:
     restored = checkpoints.restore(abstract_state(backbone, config))
   if restored is None:
-    raise ValueError(f"workdir {workdir} has no checkpoint yet; train it first "
-                     "with --mode=train")
+    raise ValueError(
+      f"workdir {workdir} has no checkpoint yet; train it first with --mode=train"
+    )
   return restored

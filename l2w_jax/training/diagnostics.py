@@ -17,6 +17,7 @@ to the next is the network, and nothing a diagnosis does moves the run.
 - Weights: their mean against loss and against confidence at each exit, and of the
   easiest and the hardest quarter of the samples by mean loss over exits.
 """
+
 from __future__ import annotations
 
 import time
@@ -50,6 +51,7 @@ QUARTER = 4  # easy and hard samples are this part of a half, each
 
 class Probe(NamedTuple):
   """Halves that a run is asked about: {"image": [B H W channels], "label": [B]}."""
+
   train_half: Batch
   meta_halves: tuple[Batch, ...]
 
@@ -60,6 +62,7 @@ class Estimator(NamedTuple):
   metrics: {"meta_loss": [], "wpn_gradient": like Φ}.
   flops, temporary_bytes: of the compiled program.
   """
+
   run: Callable[[TrainState, Batch, Batch], dict[str, PyTree]]
   flops: float
   temporary_bytes: int
@@ -67,7 +70,7 @@ class Estimator(NamedTuple):
 
 
 def make_probe(
-    dataset: sources.Dataset, half: int, num_meta_halves: int, seed: int = 0,
+  dataset: sources.Dataset, half: int, num_meta_halves: int, seed: int = 0
 ) -> Probe:
   """A train half and M meta halves without augmentation, from the train split.
 
@@ -80,24 +83,36 @@ def make_probe(
   num_train = len(dataset.train.labels)
   if 2 * half > num_train:
     raise ValueError(
-        f"config.diagnose.half is {half}, but the train split has {num_train} "
-        f"images for two halves; use at most {num_train // 2}")
+      f"config.diagnose.half is {half}, but the train split has {num_train} "
+      f"images for two halves; use at most {num_train // 2}"
+    )
   rng = np.random.default_rng(seed)
   order = rng.permutation(num_train)
-  rows = [order[:half], *(
-      rng.permutation(order[half:])[:half] for _ in range(num_meta_halves))]
+  rows = [
+    order[:half],
+    *(rng.permutation(order[half:])[:half] for _ in range(num_meta_halves)),
+  ]
   mean, std = (jnp.asarray(x, jnp.float32) for x in (dataset.mean, dataset.std))
   first, *others = (
-      {"image": augment.normalize(
-          jnp.asarray(dataset.train.images[np.sort(chosen)]), mean, std),
-       "label": jnp.asarray(dataset.train.labels[np.sort(chosen)])}
-      for chosen in rows)
+    {
+      "image": augment.normalize(
+        jnp.asarray(dataset.train.images[np.sort(chosen)]), mean, std
+      ),
+      "label": jnp.asarray(dataset.train.labels[np.sort(chosen)]),
+    }
+    for chosen in rows
+  )
   return Probe(first, tuple(others))
 
 
 def compile_estimator(
-    name: str, backbone: Backbone, config: ConfigDict, steps_per_epoch: int,
-    state: TrainState, probe: Probe) -> Estimator:
+  name: str,
+  backbone: Backbone,
+  config: ConfigDict,
+  steps_per_epoch: int,
+  state: TrainState,
+  probe: Probe,
+) -> Estimator:
   """The meta-gradient by one estimator, without the real update.
 
   Args:
@@ -124,12 +139,14 @@ def compile_estimator(
     # XLA counts the body of a loop once. All that is outside of this one is a
     # forward and backward pass on the meta half, as a plain step takes.
     config.method = "uniform"
-    plain = jax.jit(half_step_body(
-        backbone, config, steps_per_epoch=steps_per_epoch)).lower(state, *halves)
+    plain = jax.jit(
+      half_step_body(backbone, config, steps_per_epoch=steps_per_epoch)
+    ).lower(state, *halves)
     outside = plain.compile().cost_analysis()["flops"]
     flops = num_parts * (flops - outside) + outside
   return Estimator(
-      compiled, flops, compiled.memory_analysis().temp_size_in_bytes, seconds)
+    compiled, flops, compiled.memory_analysis().temp_size_in_bytes, seconds
+  )
 
 
 def cosine(estimate: PyTree, exact: PyTree) -> float:
@@ -166,7 +183,7 @@ def of_exit(gradient: PyTree, k: int) -> PyTree:
 
 
 def mean_by_bin(
-    weights: np.ndarray, values: np.ndarray, edges: np.ndarray,
+  weights: np.ndarray, values: np.ndarray, edges: np.ndarray
 ) -> list[list[float | None]]:
   """[K M] mean weight of the samples whose value is in each of M bins.
 
@@ -178,13 +195,18 @@ def mean_by_bin(
     one list per exit, None for a bin without a sample.
   """
   bins = np.clip(np.digitize(values, edges) - 1, 0, len(edges) - 2)
-  return [[float(w[b == m].mean()) if (b == m).any() else None
-           for m in range(len(edges) - 1)]
-          for w, b in zip(weights.T, bins.T, strict=True)]
+  return [
+    [
+      float(w[b == m].mean()) if (b == m).any() else None
+      for m in range(len(edges) - 1)
+    ]
+    for w, b in zip(weights.T, bins.T, strict=True)
+  ]
 
 
 def easy_and_hard(
-    weights: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  weights: np.ndarray, losses: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """[K] mean weight of the easiest quarter of the samples, and of the hardest.
 
   Easy is a small mean loss over exits; weights and losses are [B K].
@@ -195,16 +217,18 @@ def easy_and_hard(
 
 
 def make_weights_fn(
-    backbone: Backbone, config: ConfigDict,
+  backbone: Backbone, config: ConfigDict
 ) -> Callable[[TrainState, Batch], tuple[Array, Array, Array]]:
   """Jitted (state, half) -> (weights, losses, confidence), [B K] each.
 
   As a step of the run would see them, with the WPN before its update.
   """
+
   @jax.jit
   def weights_fn(state: TrainState, half: Batch):
     forward = forward_pass(
-        backbone, ONE_DEVICE, state.batch_stats, train_losses_fn(config))
+      backbone, ONE_DEVICE, state.batch_stats, train_losses_fn(config)
+    )
     losses, (_, confidence) = forward(state.params, half)
     features = weighting.features(losses, confidence, config.meta.inputs)
     weights = wpn_weights_fn(config, ONE_DEVICE)(state.wpn_params, features)
@@ -214,8 +238,8 @@ def make_weights_fn(
 
 
 def describe_weights(
-    weights: np.ndarray, losses: np.ndarray, confidence: np.ndarray,
-    num_classes: int) -> dict[str, Any]:
+  weights: np.ndarray, losses: np.ndarray, confidence: np.ndarray, num_classes: int
+) -> dict[str, Any]:
   """The weights of a half against loss and confidence, easy and hard ones apart.
 
   Arguments are [B K]. The loss bins end at 2·ln C, the confidence bins at 1.
@@ -224,29 +248,35 @@ def describe_weights(
   confidence_edges = np.linspace(0, 1, BINS + 1)
   easy, hard = easy_and_hard(weights, losses)
   return {
-      "loss_bins": loss_edges.tolist(),
-      "weight_by_loss": mean_by_bin(weights, losses, loss_edges),
-      "confidence_bins": confidence_edges.tolist(),
-      "weight_by_confidence": mean_by_bin(
-          weights, confidence, confidence_edges),
-      "easy_weight": easy.tolist(), "hard_weight": hard.tolist()}
+    "loss_bins": loss_edges.tolist(),
+    "weight_by_loss": mean_by_bin(weights, losses, loss_edges),
+    "confidence_bins": confidence_edges.tolist(),
+    "weight_by_confidence": mean_by_bin(weights, confidence, confidence_edges),
+    "easy_weight": easy.tolist(),
+    "hard_weight": hard.tolist(),
+  }
 
 
 class Diagnosis:
   """All of the above for the states of one run: compiled once, asked often."""
 
   def __init__(
-      self, backbone: Backbone, config: ConfigDict, steps_per_epoch: int,
-      state: TrainState, probe: Probe):
+    self,
+    backbone: Backbone,
+    config: ConfigDict,
+    steps_per_epoch: int,
+    state: TrainState,
+    probe: Probe,
+  ):
     """Compiles the exact meta-gradient and `config.diagnose.estimators`."""
     self._probe, self._num_exits = probe, backbone.num_exits
     self._num_classes = backbone.num_classes
     self._weights_fn = make_weights_fn(backbone, config)
     names = dict.fromkeys((EXACT, *config.diagnose.estimators))
     self._estimators = {
-        name: compile_estimator(
-            name, backbone, config, steps_per_epoch, state, probe)
-        for name in names}
+      name: compile_estimator(name, backbone, config, steps_per_epoch, state, probe)
+      for name in names
+    }
 
   def __call__(self, state: TrainState) -> dict[str, Any]:
     """What a line of kind "diagnose" in metrics.jsonl holds.
@@ -261,28 +291,34 @@ class Diagnosis:
       found, ms = self._gradients(state, estimator)
       exact = exact or found
       gradients = [x["wpn_gradient"] for x in found]
-      pairs = [(g, x["wpn_gradient"])
-               for g, x in zip(gradients, exact, strict=True)]
+      pairs = [
+        (g, x["wpn_gradient"]) for g, x in zip(gradients, exact, strict=True)
+      ]
       cosines = [cosine(*pair) for pair in pairs]
       rows[name] = {
-          "cosine": _number(np.mean(cosines)),
-          "cosine_std": _number(np.std(cosines, ddof=1)),
-          "relative_error": _number(np.mean(
-              [relative_error(*pair) for pair in pairs])),
-          "ms": ms, "flops": estimator.flops,
-          "temporary_bytes": estimator.temporary_bytes,
-          "compile_seconds": estimator.compile_seconds}
+        "cosine": _number(np.mean(cosines)),
+        "cosine_std": _number(np.std(cosines, ddof=1)),
+        "relative_error": _number(
+          np.mean([relative_error(*pair) for pair in pairs])
+        ),
+        "ms": ms,
+        "flops": estimator.flops,
+        "temporary_bytes": estimator.temporary_bytes,
+        "compile_seconds": estimator.compile_seconds,
+      }
     gradients = [x["wpn_gradient"] for x in exact]
     weights = map(np.asarray, self._weights_fn(state, self._probe.train_half))
     return {
-        "meta_loss": float(np.mean([x["meta_loss"] for x in exact])),
-        "variance": variance(gradients),
-        "signal_to_noise": _number(signal_to_noise(gradients)),
-        "signal_to_noise_by_exit": [
-            _number(signal_to_noise([of_exit(g, k) for g in gradients]))
-            for k in range(self._num_exits)],
-        "estimators": rows,
-        **describe_weights(*weights, self._num_classes)}
+      "meta_loss": float(np.mean([x["meta_loss"] for x in exact])),
+      "variance": variance(gradients),
+      "signal_to_noise": _number(signal_to_noise(gradients)),
+      "signal_to_noise_by_exit": [
+        _number(signal_to_noise([of_exit(g, k) for g in gradients]))
+        for k in range(self._num_exits)
+      ],
+      "estimators": rows,
+      **describe_weights(*weights, self._num_classes),
+    }
 
   def _gradients(self, state, estimator):
     """(metrics of each meta half, milliseconds of the median call)."""
@@ -290,7 +326,8 @@ class Diagnosis:
     for half in self._probe.meta_halves:
       began = time.perf_counter()
       result = jax.block_until_ready(
-          estimator.run(state, self._probe.train_half, half))
+        estimator.run(state, self._probe.train_half, half)
+      )
       seconds.append(time.perf_counter() - began)
       found.append(jax.device_get(result))
     return found, 1000 * float(np.median(seconds))
@@ -303,27 +340,42 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
   the cost}; first and last: noise, and weights of easy and hard samples, at the
   first and the last line.
   """
-  def averaged(name):
-    rows = [line["estimators"][name] for line in lines
-            if name in line["estimators"]]
-    known = {key: [row[key] for row in rows if row[key] is not None]
-             for key in ("cosine", "relative_error")}
-    return {key: float(np.mean(x)) if x else None for key, x in known.items()} | {
-        "ms": float(np.median([row["ms"] for row in rows])),
-        "flops": rows[-1]["flops"], "temporary_bytes": rows[-1]["temporary_bytes"]}
 
-  kept = ("step", "meta_loss", "variance", "signal_to_noise",
-          "signal_to_noise_by_exit", "easy_weight", "hard_weight")
+  def averaged(name):
+    rows = [
+      line["estimators"][name] for line in lines if name in line["estimators"]
+    ]
+    known = {
+      key: [row[key] for row in rows if row[key] is not None]
+      for key in ("cosine", "relative_error")
+    }
+    return {key: float(np.mean(x)) if x else None for key, x in known.items()} | {
+      "ms": float(np.median([row["ms"] for row in rows])),
+      "flops": rows[-1]["flops"],
+      "temporary_bytes": rows[-1]["temporary_bytes"],
+    }
+
+  kept = (
+    "step",
+    "meta_loss",
+    "variance",
+    "signal_to_noise",
+    "signal_to_noise_by_exit",
+    "easy_weight",
+    "hard_weight",
+  )
   return {
-      "lines": len(lines),
-      "estimators": {name: averaged(name) for name in lines[-1]["estimators"]},
-      "first": {key: lines[0][key] for key in kept},
-      "last": {key: lines[-1][key] for key in kept}}
+    "lines": len(lines),
+    "estimators": {name: averaged(name) for name in lines[-1]["estimators"]},
+    "first": {key: lines[0][key] for key in kept},
+    "last": {key: lines[-1][key] for key in kept},
+  }
 
 
 def _flat(tree: PyTree) -> np.ndarray:
-  return np.concatenate([
-      np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+  return np.concatenate(
+    [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+  )
 
 
 def _number(x) -> float | None:

@@ -1,4 +1,5 @@
 """metrics.jsonl, and TensorBoard events when tensorboardX is installed."""
+
 from __future__ import annotations
 
 import contextlib
@@ -25,8 +26,9 @@ class MetricsLog:
     path = workdir / "metrics.jsonl"
     if path.exists():
       lines = path.read_text(encoding="utf-8").splitlines()
-      files.write(path, "".join(
-          line + "\n" for line in lines if _step(line) <= step))
+      files.write(
+        path, "".join(line + "\n" for line in lines if _step(line) <= step)
+      )
     self._file = path.open("a", encoding="utf-8")
     self._events = _events(workdir, step)
 
@@ -39,13 +41,15 @@ class MetricsLog:
     if self._events is not None:
       self._events.close()
 
-  def write(self, kind: str, step: int, epoch: float,
-            values: dict[str, Any]) -> None:
+  def write(
+    self, kind: str, step: int, epoch: float, values: dict[str, Any]
+  ) -> None:
     """Writes one line; numbers and lists of numbers also become events."""
     if self._file is None:
       return
-    self._file.write(json.dumps(
-        {"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+    self._file.write(
+      json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n"
+    )
     if self._events is None or kind == "weights":
       return
     for name, value in values.items():
@@ -77,4 +81,5 @@ def _events(workdir: pathlib.Path, step: int):
   except ImportError:
     return None
   return tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=step + 1)
+    str(workdir / "tensorboard"), purge_step=step + 1
+  )

@@ -14,6 +14,7 @@ samples of the m-th ones are the same for any D.
 `forward` is (params, part of the half) -> (losses [b K], (running statistics,
 confidence [b K])).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -36,11 +37,14 @@ def cut(half: PyTree, num_parts: int) -> PyTree:
   size = jax.tree.leaves(half)[0].shape[0]
   if size % num_parts:
     raise ValueError(
-        f"a half of {size} samples per device does not split into {num_parts} "
-        "equal parts; change the batch, config.microbatches or "
-        "config.meta.estimator")
-  return jax.tree.map(lambda x: x.reshape(
-      size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1), half)
+      f"a half of {size} samples per device does not split into {num_parts} "
+      "equal parts; change the batch, config.microbatches or "
+      "config.meta.estimator"
+    )
+  return jax.tree.map(
+    lambda x: x.reshape(size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1),
+    half,
+  )
 
 
 def forwards(forward: Forward, half: PyTree, num_parts: int) -> Losses:
@@ -54,9 +58,12 @@ def forwards(forward: Forward, half: PyTree, num_parts: int) -> Losses:
 
   def losses_fn(params):
     losses, (batch_stats, confidence) = jax.lax.map(
-        lambda part: forward(params, part), parts)
+      lambda part: forward(params, part), parts
+    )
     return _joined(losses), (
-        jax.tree.map(lambda x: x.mean(axis=0), batch_stats), _joined(confidence))
+      jax.tree.map(lambda x: x.mean(axis=0), batch_stats),
+      _joined(confidence),
+    )
 
   return losses_fn
 
@@ -77,25 +84,30 @@ def in_reverse(forward: Forward, half: PyTree, num_parts: int) -> Losses:
     def pull(cotangent):
       def add(total, part):
         _, pull_part, _ = jax.vjp(
-            lambda params: forward(params, part[0]), params, has_aux=True)
+          lambda params: forward(params, part[0]), params, has_aux=True
+        )
         (gradient,) = pull_part(part[1])
         return jax.tree.map(jnp.add, total, gradient), None
 
       return jax.lax.scan(
-          add, jax.tree.map(jnp.zeros_like, params),
-          (parts, cut(cotangent, num_parts)))[0]
+        add,
+        jax.tree.map(jnp.zeros_like, params),
+        (parts, cut(cotangent, num_parts)),
+      )[0]
 
     def push(_, direction):
-      return (jax.jvp(lambda params: everything(params)[0], (params,),
-                      (direction,))[1],)
+      return (
+        jax.jvp(lambda params: everything(params)[0], (params,), (direction,))[1],
+      )
 
     pull.defvjp(lambda cotangent: (pull(cotangent), None), push)
     return pull
 
   losses_fn = jax.custom_vjp(everything)
   losses_fn.defvjp(
-      lambda params: (everything(params), params),
-      lambda params, cotangents: (transposed(params)(cotangents[0]),))
+    lambda params: (everything(params), params),
+    lambda params, cotangents: (transposed(params)(cotangents[0]),),
+  )
   return losses_fn
 
 

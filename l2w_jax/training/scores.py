@@ -3,6 +3,7 @@
 Whatever the batch size and the number of devices: the last batch is padded and
 its padding dropped.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Scores(NamedTuple):
   [N K]; correct: bool [N K]; logits: float32 [≤ LOGITS_KEPT K C], of the first
   samples, which are in no order that matters.
   """
+
   confidence: np.ndarray
   prediction: np.ndarray
   correct: np.ndarray
@@ -35,8 +37,11 @@ class Scores(NamedTuple):
 
 
 def compile_scorer(
-    variables: PyTree, backbone: Backbone, dataset: sources.Dataset,
-    config: ConfigDict, num_devices: int,
+  variables: PyTree,
+  backbone: Backbone,
+  dataset: sources.Dataset,
+  config: ConfigDict,
+  num_devices: int,
 ) -> Callable[[PyTree, sources.Split], Scores]:
   """(variables, split) -> Scores, compiled for all splits of a data set.
 
@@ -50,14 +55,21 @@ def compile_scorer(
   def forward(variables, images):
     logits = backbone.apply(variables, augment.normalize(images, mean, std))
     prediction, confidence = confidence_lib.confidence(
-        logits, config.evaluate.confidence)
-    return devices.gather(confidence), devices.gather(prediction), devices.gather(
-        logits)
+      logits, config.evaluate.confidence
+    )
+    return (
+      devices.gather(confidence),
+      devices.gather(prediction),
+      devices.gather(logits),
+    )
 
   own = parallel.own_rows(batch)
   empty = np.zeros((own.stop - own.start, *dataset.image_shape), np.uint8)
-  forward = parallel.map_devices(forward, num_devices).lower(
-      variables, parallel.split_rows(empty, num_devices)).compile()
+  forward = (
+    parallel.map_devices(forward, num_devices)
+    .lower(variables, parallel.split_rows(empty, num_devices))
+    .compile()
+  )
 
   def score(variables: PyTree, split: sources.Split) -> Scores:
     parts, num_samples = [], len(split.labels)
@@ -67,15 +79,17 @@ def compile_scorer(
     for start in range(0, num_samples, batch):
       images = next(found, empty[:0])  # the last may have none for a process
       padding = [(0, len(empty) - len(images))] + [(0, 0)] * 3
-      outputs = forward(variables, parallel.split_rows(
-          np.pad(images, padding), num_devices))
+      outputs = forward(
+        variables, parallel.split_rows(np.pad(images, padding), num_devices)
+      )
       *found_here, logits = (
-          np.asarray(x)[:num_samples - start]
-          for x in parallel.first(outputs, num_devices))
-      parts.append([*found_here, logits[:max(0, LOGITS_KEPT - start)].copy()])
-    confidence, prediction, logits = map(
-        np.concatenate, zip(*parts, strict=True))
-    return Scores(confidence, prediction,
-                  prediction == split.labels[:, None], logits)
+        np.asarray(x)[: num_samples - start]
+        for x in parallel.first(outputs, num_devices)
+      )
+      parts.append([*found_here, logits[: max(0, LOGITS_KEPT - start)].copy()])
+    confidence, prediction, logits = map(np.concatenate, zip(*parts, strict=True))
+    return Scores(
+      confidence, prediction, prediction == split.labels[:, None], logits
+    )
 
   return score

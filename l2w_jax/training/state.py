@@ -1,4 +1,5 @@
 """State of training and the two optimizers it belongs to."""
+
 from __future__ import annotations
 
 import jax
@@ -26,6 +27,7 @@ class TrainState:
     wpn_params: WPN Φ; empty for methods without one.
     wpn_opt_state: of the WPN's Adam.
   """
+
   step: PyTree
   params: PyTree
   batch_stats: PyTree
@@ -48,14 +50,16 @@ def sgd(config: ConfigDict) -> optax.GradientTransformation:
   value serves both halves of a loader batch.
   """
   return optax.chain(
-      optax.add_decayed_weights(config.weight_decay),
-      optax.trace(decay=config.momentum))
+    optax.add_decayed_weights(config.weight_decay),
+    optax.trace(decay=config.momentum),
+  )
 
 
 def adam(config: ConfigDict) -> optax.GradientTransformation:
   """Adam with L2 weight decay in the gradient, up to the factor -lr."""
   return optax.chain(
-      optax.add_decayed_weights(config.weight_decay), optax.scale_by_adam())
+    optax.add_decayed_weights(config.weight_decay), optax.scale_by_adam()
+  )
 
 
 def apply_updates(params: PyTree, updates: PyTree, learning_rate) -> PyTree:
@@ -70,20 +74,24 @@ def init_state(key: Array, backbone: Backbone, config: ConfigDict) -> TrainState
   wpn_params, wpn_opt_state = {}, ()
   if config.method == "l2w":
     wpn_params = wpn.init(
-        wpn_key,
-        weighting.num_features(config.meta.inputs, backbone.num_exits),
-        (config.meta.hidden,) * config.meta.layers, backbone.num_exits)
+      wpn_key,
+      weighting.num_features(config.meta.inputs, backbone.num_exits),
+      (config.meta.hidden,) * config.meta.layers,
+      backbone.num_exits,
+    )
     wpn_opt_state = adam(config.meta).init(wpn_params)
   return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=variables["params"],
-      batch_stats=variables["batch_stats"],
-      opt_state=sgd(config.optimizer).init(variables["params"]),
-      wpn_params=wpn_params,
-      wpn_opt_state=wpn_opt_state)
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    batch_stats=variables["batch_stats"],
+    opt_state=sgd(config.optimizer).init(variables["params"]),
+    wpn_params=wpn_params,
+    wpn_opt_state=wpn_opt_state,
+  )
 
 
 def abstract_state(backbone: Backbone, config: ConfigDict) -> TrainState:
   """Shapes and dtypes of `init_state`, to restore a checkpoint into."""
   return jax.eval_shape(
-      lambda key: init_state(key, backbone, config), jax.random.key(0))
+    lambda key: init_state(key, backbone, config), jax.random.key(0)
+  )
