@@ -404,7 +404,7 @@ def defaults(model: str = "msdnet") -> ConfigDict:
 def differences(
   config: ConfigDict, other: ConfigDict, ignore: tuple[str, ...] = ()
 ) -> list[str]:
-  """ "key is A here and B there" for every key that differs.
+  """For every key that differs: "key is A here and B there".
 
   Args:
     config, other: validated configs.

@@ -546,7 +546,7 @@ def _cards(results: dict) -> str:
   """The headline numbers; q = 1 is shown as all exits are used alike there."""
   first, last = results["anytime"][0], results["anytime"][-1]
   middle = min(results["budgeted"], key=lambda entry: abs(entry["q"] - 1))
-  device = results["device"]
+  device, seconds = results["device"], results["seconds"]["train"]
 
   def cost(entry: dict) -> str:
     return f"at {_percent(entry['macs'] / last['macs'], 0)} of the cost"
@@ -559,7 +559,7 @@ def _cards(results: dict) -> str:
     ),
     "parameters": f"{results['params']:,}",
     f"training, {results['step']:,} steps on {device['count']} × "
-    f"{device['kind']} ({device['platform']})": f"{results['seconds']['train']:,.0f} s",
+    f"{device['kind']} ({device['platform']})": f"{seconds:,.0f} s",
   }
   boxes = "".join(
     f"<div><b>{escape(number)}</b>{escape(text)}</div>"
