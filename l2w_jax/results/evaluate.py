@@ -112,7 +112,6 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
         config.evaluate.calibration,
       ),
     },
-    "dominating": dominating(calibration, test, backbone.macs, thresholds),
     "temperatures": temperatures(calibration, chosen_on.labels, test),
     "step": int(state.step),
     "epochs": config.epochs,
@@ -189,26 +188,6 @@ def _rows(thresholds, calibration, test) -> list[dict[str, Any]]:
     }
     for i, q in enumerate(QS)
   ]
-
-
-def dominating(
-  calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array
-) -> list[dict[str, Any]]:
-  """The "dominating" list of results.json, one row per row of "budgeted".
-
-  Found by search on the calibration split, where no row is less accurate or
-  more costly than its counterpart; what the test split says is reported as is.
-  """
-  found = exit_targets.dominate(
-    calibration.confidence, calibration.correct, macs, thresholds
-  )
-  return _rows(
-    found,
-    *(
-      exit_policy.budgeted(scores.confidence, scores.correct, macs, found)
-      for scores in (calibration, test)
-    ),
-  )
 
 
 def operating_point(
