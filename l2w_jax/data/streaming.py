@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 from ml_collections import ConfigDict
 
 from l2w_jax.data import augment, order, stored
@@ -28,24 +28,27 @@ from l2w_jax.run.parallel import ONE_DEVICE, Collectives
 AHEAD = 2  # batches that wait on the devices
 
 
-def make_batch_fn(
-  config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE
-) -> Callable[[Batch, Int[Array, ""]], Batch]:
-  """(data, step) -> the batch of that step; `data` holds this device's images."""
-  _, augment_key = order.keys(key)
+def make_halves_fn(
+  config: ConfigDict, devices: Collectives = ONE_DEVICE
+) -> Callable[[Batch, UInt32[Array, "2"], Int[Array, ""]], tuple[Batch, Batch]]:
+  """(data, key data, step) -> both halves; `data` holds this device's images."""
 
-  def batch_fn(data: Batch, step: Int[Array, ""]) -> Batch:
+  def halves_fn(data, key, step):
+    _, augment_key = order.keys(jax.random.wrap_key_data(key))
     draws = augment.draw(
       config.data, jax.random.fold_in(augment_key, step), config.batch
     )
-    draws = jax.tree.map(devices.own_halves, draws)
-    images = augment.apply(config.data, data["image"], draws)
-    return {
-      "image": augment.normalize(images, data["mean"], data["std"]),
-      "label": data["label"],
-    }
+    middle = data["label"].shape[0] // 2
 
-  return batch_fn
+    def one(rows, draws):
+      images = augment.apply(config.data, data["image"][rows], draws)
+      images = augment.normalize(images, data["mean"], data["std"])
+      return {"image": images, "label": data["label"][rows]}
+
+    first, second = devices.own_halves(draws)
+    return one(slice(middle), first), one(slice(middle, None), second)
+
+  return halves_fn
 
 
 class StreamingFeed:
@@ -59,9 +62,6 @@ class StreamingFeed:
     rows: of a loader batch that this process reads.
   """
 
-  whole = False  # data serves one step
-  make_batch_fn = staticmethod(make_batch_fn)
-
   def __init__(
     self,
     dataset: Dataset,
@@ -72,45 +72,48 @@ class StreamingFeed:
   ):
     self._num_devices, self._rows = num_devices, rows
     self._samples = _samples(dataset, config, key, self._rows)
-    self._replicated = parallel.replicate(
-      {
-        "mean": np.asarray(dataset.mean, np.float32),
-        "std": np.asarray(dataset.std, np.float32),
-      },
-      num_devices,
+    statistics = {
+      "mean": np.asarray(dataset.mean, np.float32),
+      "std": np.asarray(dataset.std, np.float32),
+    }
+    self._statistics, self._key = parallel.replicate(
+      (statistics, np.asarray(jax.random.key_data(key))), num_devices
     )
-    self._batches, self._step, self._batch = None, None, None
+    devices = parallel.collectives(num_devices, config.sync)
+    self._halves = parallel.map_devices(
+      make_halves_fn(config, devices), num_devices
+    )
+    self._batches, self._next = None, None
 
-  def data(self, step: int) -> Batch:
-    """Images and labels of a step, on the devices.
+  def halves(self, step: int) -> tuple[Batch, Batch]:
+    """The two halves of the batch of a step, on the devices.
 
-    Asking for the next step is quick, for the same one free; any other step
-    starts reading there.
+    Asking for the steps in order is quick; any other step starts reading there.
     """
-    if step == self._step:
-      return self._batch
-    if self._batches is None or step != self._step + 1:
+    if self._batches is None or step != self._next:
       self.close()
       self._batches = self._start(step)
-    self._batch, self._step = None, step  # lets go of the last one first
-    self._batch = next(self._batches) | self._replicated
-    return self._batch
+    self._next = step + 1
+    return self._halves(
+      next(self._batches) | self._statistics,
+      self._key,
+      parallel.replicate(np.int32(step), self._num_devices),
+    )
 
   def close(self) -> None:
     """Stops reading."""
     if self._batches is not None:
       self._batches.close()
-    self._batches, self._step, self._batch = None, None, None
+    self._batches, self._next = None, None
 
   def _start(self, step: int) -> Iterator[Batch]:
     from grain import experimental
 
     batches = pipeline(self._samples[step * len(self._rows) :], len(self._rows))
     batches = batches.map(
-      lambda batch: {
-        name: parallel.put_rows(x, self._num_devices)
-        for name, x in zip(("image", "label"), batch, strict=True)
-      }
+      lambda batch: parallel.split_rows(
+        dict(zip(("image", "label"), batch, strict=True)), self._num_devices
+      )
     )
     return iter(
       experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
