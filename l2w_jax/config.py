@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+# JAX makes the same key of 2**32 as of 0, and NumPy draws for (2**32, 0), which is
+# what `splits` holds out, what it draws for (0, 1), which is another of its draws.
+LAST_SEED = 2**32 - 1
+
 
 class Key(NamedTuple):
   """One hyperparameter.
@@ -190,7 +194,9 @@ MODEL_KEYS = {
 _NAME = {"name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone")}
 
 KEYS = {
-  "seed": _integer(0, 0, "root of every random number of a run"),
+  "seed": _integer(
+    0, 0, "root of every random number of a run; 32 bits are told apart", LAST_SEED
+  ),
   "method": _choice(
     "l2w",
     ("l2w", "uniform", "fixed", "random", "easy_early", "equilibrium", "distill"),
@@ -221,7 +227,8 @@ KEYS = {
       0,
       0,
       "draws what is held out, left out and mislabelled; does not "
-      "follow config.seed, so that runs share their images",
+      "follow config.seed, so that runs share their images; 32 bits as well",
+      LAST_SEED,
     ),
     "calibration": _integer(
       5000,

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -259,6 +260,8 @@ def test_ints_for_floats_and_lists_for_tuples_are_accepted(key, value):
     ("model.bottleneck", 1, "of the type of True, got 1"),
     ("batch", 1, "at least 2"),
     ("seed", -1, "at least 0"),
+    ("seed", 2**32, "at most 4294967295, got 4294967296"),
+    ("data.seed", 2**32, "at most 4294967295, got 4294967296"),
     ("label_smoothing", 1, "at most 0.999"),
     ("optimizer.learning_rate", 0, "above 0"),
     ("optimizer.momentum", 1, "at most 0.9999"),
@@ -339,6 +342,12 @@ def test_validate_does_not_trust_where_a_config_comes_from():
   values = load().to_dict() | {"model": None}
   with pytest.raises(ValueError, match="config.model must hold the keys"):
     config_lib.validate(ConfigDict(values))
+
+
+def test_every_seed_is_another_run():
+  seeds = (0, 1, 2**31 - 1, 2**31, load(seed=2**32 - 1).seed)
+  keys = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in seeds]
+  assert len(set(map(tuple, keys))) == len(seeds)
 
 
 def test_a_missing_file_and_an_unknown_argument(tmp_path):
