@@ -12,10 +12,14 @@ import importlib.util
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+
+# JAX makes the same key of 2**32 as of 0, and NumPy draws for (2**32, 0), which is
+# what `splits` holds out, what it draws for (0, 1), which is another of its draws.
+LAST_SEED = 2**32 - 1
 
 
 class Key(NamedTuple):
@@ -190,7 +194,9 @@ MODEL_KEYS = {
 _NAME = {"name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone")}
 
 KEYS = {
-  "seed": _integer(0, 0, "root of every random number of a run"),
+  "seed": _integer(
+    0, 0, "root of every random number of a run; 32 bits are told apart", LAST_SEED
+  ),
   "method": _choice(
     "l2w",
     ("l2w", "uniform", "fixed", "random", "easy_early", "equilibrium", "distill"),
@@ -221,7 +227,8 @@ KEYS = {
       0,
       0,
       "draws what is held out, left out and mislabelled; does not "
-      "follow config.seed, so that runs share their images",
+      "follow config.seed, so that runs share their images; 32 bits as well",
+      LAST_SEED,
     ),
     "calibration": _integer(
       5000,
@@ -452,50 +459,85 @@ def _model_keys(model: Any) -> Mapping[str, Key]:
 def validate(config: ConfigDict) -> ConfigDict:
   """The config itself, if every key exists and holds an allowed value.
 
+  What only another method or a switched-off part would read may be anything that
+  is allowed by itself.
+
   Raises:
     ValueError: naming the first key that is missing, unknown or out of range.
   """
-  model = config.get("model")
-  # Without a name, any table serves to say that the name is missing.
-  name = model.get("name", "msdnet") if isinstance(model, ConfigDict) else "msdnet"
-  _validate(config, {**KEYS, "model": {**_NAME, **_model_keys(name)}}, "config")
-  if not config.data.calibration and config.evaluate.calibration == "held_out":
+  _check_values(config)
+  _check_estimator(config)
+  if config.diagnose.every:
+    _check_diagnose(config)
+  # Digits bring a calibration split of their own.
+  holds_out = config.data.calibration or config.data.source == "digits"
+  if not holds_out and config.evaluate.calibration == "held_out":
     raise ValueError(
       "config.data.calibration=0 holds nothing out to choose thresholds on; set "
       "config.evaluate.calibration=released to choose them on the train split"
     )
-  _validate_estimators(config)
-  if config.microbatches > 1 and estimator(config.meta.estimator)[0] == "unroll":
-    raise ValueError(
-      f"config.meta.estimator={config.meta.estimator!r} cuts a half by itself; "
-      f"set config.microbatches to 1 (it is {config.microbatches}), or take "
-      "another estimator"
-    )
   return config
 
 
-def _validate_estimators(config: ConfigDict) -> None:
-  asked = {"meta.estimator": (config.meta.estimator,)}
-  if config.diagnose.every:
-    if config.method != "l2w":
+def check_method(config: ConfigDict, num_exits: int) -> None:
+  """Raises ValueError unless a step can be made of the config for K exits.
+
+  It may have been changed since it was validated, and only who knows the backbone
+  knows K. Data, evaluation and diagnosis are not asked what suits them.
+  """
+  _check_values(config)
+  _check_estimator(config)
+  exit_weights = config.baseline.exit_weights
+  if config.method == "fixed" and len(exit_weights) != num_exits:
+    raise ValueError(
+      "method fixed needs config.baseline.exit_weights with one weight for "
+      f"each of the {num_exits} exits; got {tuple(exit_weights)}"
+    )
+
+
+def _check_values(config: ConfigDict) -> None:
+  """Raises ValueError unless every key exists and holds an allowed value."""
+  model = config.get("model")
+  # Without a name, any table serves to say that the name is missing.
+  name = model.get("name", "msdnet") if isinstance(model, ConfigDict) else "msdnet"
+  _validate(config, {**KEYS, "model": {**_NAME, **_model_keys(name)}}, "config")
+
+
+def _check_estimator(config: ConfigDict) -> None:
+  name = config.meta.estimator
+  if config.method != "l2w":
+    return
+  _check_first_order("meta.estimator", (name,), config)
+  if config.microbatches > 1 and estimator(name)[0] == "unroll":
+    raise ValueError(
+      f"config.meta.estimator={name!r} cuts a half by itself; set "
+      f"config.microbatches to 1 (it is {config.microbatches}), or take another "
+      "estimator"
+    )
+
+
+def _check_diagnose(config: ConfigDict) -> None:
+  if config.method != "l2w":
+    raise ValueError(
+      f"config.diagnose.every={config.diagnose.every} looks at meta-gradients, "
+      f"which method {config.method!r} does not have; set it to 0"
+    )
+  _check_first_order("diagnose.estimators", config.diagnose.estimators, config)
+  for name in config.diagnose.estimators:
+    if config.diagnose.half % estimator(name)[1]:
       raise ValueError(
-        f"config.diagnose.every={config.diagnose.every} looks at meta-gradients, "
-        f"which method {config.method!r} does not have; set it to 0"
+        f"config.diagnose.half={config.diagnose.half} does not split into the "
+        f"equal parts of {name!r}; use a multiple of {estimator(name)[1]}"
       )
-    asked["diagnose.estimators"] = tuple(config.diagnose.estimators)
-    for name in config.diagnose.estimators:
-      if config.diagnose.half % estimator(name)[1]:
-        raise ValueError(
-          f"config.diagnose.half={config.diagnose.half} does not split into the "
-          f"equal parts of {name!r}; use a multiple of {estimator(name)[1]}"
-        )
-  for key, names in asked.items():
-    if "first_order" in names and config.meta.center_over == "batch":
-      raise ValueError(
-        f"config.{key} has 'first_order', which treats the samples of an exit "
-        "alike, so weights centred over the batch cancel its gradient; set "
-        "config.meta.center_over to exits or all, or leave it out"
-      )
+
+
+def _check_first_order(key: str, names: Sequence[str], config: ConfigDict) -> None:
+  if "first_order" in names and config.meta.center_over == "batch":
+    raise ValueError(
+      f"config.{key} has 'first_order', which treats the samples of an exit "
+      "alike, so weights centred over the batch cancel its gradient; set "
+      "config.meta.center_over to exits or all, or leave it out"
+    )
 
 
 def check_key(key: str) -> None:

@@ -337,9 +337,6 @@ def _digits(where: str, config: ConfigDict) -> Source:
       for name in ("train", "calibration", "test")
     )
     class_names = tuple(map(str, arrays["class_names"]))
-  if config.calibration == 0:
-    train = Split(*map(np.concatenate, zip(train, calibration, strict=True)))
-    calibration = calibration.keep(np.arange(0))
   return Source(train, test, class_names, calibration)
 
 
