@@ -119,21 +119,21 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
       fit the data or the devices. Nothing is compiled or written before.
   """
   num_devices = parallel.count_devices(config.num_devices)
-  parallel.check_batch(
-    config.batch,
-    num_devices,
-    config.microbatches * config_lib.estimator(config.meta.estimator)[1],
+  unrolled = (
+    config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1
   )
+  parallel.check_batch(config.batch, num_devices, config.microbatches * unrolled)
   dataset = sources.load(config.data)
   backbone = models.build_backbone(
     config.model, dataset.num_classes, dataset.image_shape
   )
+  config_lib.check_method(config, backbone.num_exits)
   loop = _Loop(workdir, config, dataset, backbone, num_devices)
   if parallel.is_writer():
-    directory.check_same_run(workdir, config)
+    directory.check_same_run(workdir, config, num_devices)
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
-      directory.write_config(workdir, config)
+      directory.write_config(workdir, config, num_devices)
   with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
     return loop.run(checkpoints)
 

@@ -61,7 +61,6 @@ def make_train_step(
   Raises:
     ValueError: a config that cannot be trained.
   """
-  config_lib.validate(config)
   half_step = jax.jit(
     make_half_step(backbone, config, steps_per_epoch=steps_per_epoch),
     static_argnames="update_wpn",
@@ -124,7 +123,11 @@ def make_half_step(
     in `make_train_step`. key is the `key_data` of this half's entry of
     `Keys.halves`. Learning rates are those of `state.step`, which counts loader
     batches and so is left as it is.
+
+  Raises:
+    ValueError: a config that cannot be trained.
   """
+  config_lib.check_method(config, backbone.num_exits)
   optimizer = sgd(config.optimizer)
   learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
   wpn_update = _wpn_update(backbone, config, devices)
