@@ -104,7 +104,7 @@ def _numbers(default, doc) -> Key:
 
 
 def estimator(value: Any) -> tuple[str, int]:
-  """(name in meta.ESTIMATORS, T parts of a train half) of `meta.estimator`.
+  """(name, T parts of a train half) of `meta.estimator`.
 
   T is 1 for all but "unroll:T". ("", 0) for what means nothing.
   """

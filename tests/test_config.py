@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax.method import meta
+from l2w_jax.method import estimators
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs/digits.py")
@@ -101,7 +101,7 @@ def test_without_calibration_thresholds_must_be_the_released_ones():
 def test_an_estimator_has_a_name_and_parts(value, name, parts):
   load(meta__estimator=value)
   assert config_lib.estimator(value) == (name, parts)
-  assert name in meta.ESTIMATORS
+  assert name in {"grad", "unroll", *estimators.SLOPES}
 
 
 @pytest.mark.parametrize(

@@ -50,12 +50,25 @@ def counting_data(num_train):
   }
 
 
+def whole_batch_fn(config, seed=0):
+  """(arrays, step) -> both halves, one behind the other."""
+  halves_fn = jax.jit(resident.make_halves_fn(config))
+  key = jax.random.key_data(jax.random.key(seed))
+
+  def batch_fn(data, step):
+    return jax.tree.map(
+      lambda *halves: np.concatenate(halves), *halves_fn(data, key, step)
+    )
+
+  return batch_fn
+
+
 def make_batch_fn(batch, seed=0, augment="none"):
   config = config_lib.defaults()
   config.batch = batch
   config.data.augment = augment
   config.data.pad = 1
-  return jax.jit(resident.make_batch_fn(config, jax.random.key(seed)))
+  return whole_batch_fn(config, seed)
 
 
 @pytest.mark.parametrize("num_train, batch", [(50, 12), (48, 12), (12, 12)])
@@ -96,7 +109,7 @@ def test_augmentation_differs_between_epochs_and_images(digits):
     "image": digits.train.images[[0] * 4],
     "label": digits.train.labels[:4],
   }
-  batch_fn = jax.jit(resident.make_batch_fn(config, jax.random.key(0)))
+  batch_fn = whole_batch_fn(config)
   images = np.concatenate([batch_fn(data, t)["image"] for t in range(8)])
   distinct = {image.tobytes() for image in images}
   assert 5 <= len(distinct) <= 9  # nine shifts by up to one pixel

@@ -54,10 +54,16 @@ def make_feed(config, num_devices=1, host=None, num_hosts=1):
   )
 
 
+def batch_of(feed, step):
+  """Both halves of a batch, one behind the other."""
+  return jax.tree.map(
+    lambda *halves: np.concatenate(halves), *jax.device_get(feed.halves(step))
+  )
+
+
 def batches_of(config, steps):
   feed = make_feed(config)
-  batch_fn = jax.jit(feed.make_batch_fn(config, jax.random.key(3)))
-  found = [jax.device_get(batch_fn(feed.data(step), step)) for step in steps]
+  found = [batch_of(feed, step) for step in steps]
   feed.close()
   return found
 
@@ -91,7 +97,7 @@ def test_random_crops_are_those_of_the_step_and_differ_between_epochs():
   dataset = make_dataset(config)
   one = dataset._replace(train=dataset.train.keep(np.zeros(BATCH, int)))
   feed = feeds.make_feed(one, config, jax.random.key(3), 1)
-  crops = [np.asarray(feed.data(step)["image"]) for step in range(2)]
+  crops = [batch_of(feed, step)["image"] for step in range(2)]
   feed.close()
   distinct = {image.tobytes() for image in np.concatenate(crops)}
   assert len(distinct) > BATCH  # of 128, where small crops can agree
@@ -99,20 +105,16 @@ def test_random_crops_are_those_of_the_step_and_differ_between_epochs():
 
 def test_hosts_read_disjoint_rows_that_cover_the_batch():
   config = make_config(**{"data.augment": "none"})
-  whole = make_feed(config)
+  one = make_feed(config)
   parts = [make_feed(config, 1, host, 2) for host in range(2)]
   for step in (0, STEPS + 1):
-    image, label = (
-      np.asarray(whole.data(step)[name]) for name in ("image", "label")
-    )
-    halves = [np.split(np.asarray(feed.data(step)["image"]), 2) for feed in parts]
-    for half, rows in enumerate(np.split(image, 2)):
-      np.testing.assert_array_equal(
-        np.concatenate([halves[host][half] for host in range(2)]), rows
-      )
-    labels = np.concatenate([np.asarray(f.data(step)["label"]) for f in parts])
-    assert sorted(labels) == sorted(label)
-  for feed in (whole, *parts):
+    halves = [feed.halves(step) for feed in parts]
+    for half, expected in enumerate(one.halves(step)):
+      for name, rows in expected.items():
+        np.testing.assert_array_equal(
+          np.concatenate([halves[host][half][name] for host in range(2)]), rows
+        )
+  for feed in (one, *parts):
     feed.close()
 
 
@@ -136,7 +138,7 @@ def test_rows_of_hosts_are_those_of_their_devices(hosts, devices):
 def test_a_closed_feed_leaves_no_thread_behind():
   before = set(threading.enumerate())
   feed = make_feed(make_config())
-  feed.data(0)
+  feed.halves(0)
   assert set(threading.enumerate()) - before
   feed.close()
   left = [t for t in set(threading.enumerate()) - before if t.is_alive()]
@@ -153,7 +155,7 @@ def test_an_image_that_broke_later_stops_the_run_by_its_name(monkeypatch):
 
   monkeypatch.setattr(sources.LazyImages, "middle", broken)
   with pytest.raises(OSError, match="7.png"):
-    feed.data(0)
+    feed.halves(0)
   feed.close()
 
 
@@ -208,21 +210,13 @@ def first_losses(num_devices):
   state = parallel.replicate(
     init_state(jax.random.key(0), backbone, config), num_devices
   )
-  count, key = parallel.replicate(
-    (np.int32(1), jax.random.key_data(jax.random.key(3))), num_devices
-  )
   # Compiled ahead, as the loop does it, for arrays that are placed already.
-  run = (
-    train.make_block_fn(backbone, config, STEPS, num_devices, feed.make_batch_fn)
-    .lower(state, feed.data(0), count, key)
-    .compile()
-  )
+  step = train.Step(backbone, config, STEPS, num_devices)
+  step.compile(state, feed.halves(0))
   losses = []
-  for step in range(2):
-    state, block = run(state, feed.data(step), count, key)
-    losses += np.asarray(parallel.first(block, num_devices).scalars["meta_loss"])[
-      0
-    ].tolist()
+  for t in range(2):
+    state, metrics = step(state, feed.halves(t), t)
+    losses += [float(parallel.first(m["meta_loss"], num_devices)) for m in metrics]
   feed.close()
   return losses
 
