@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, PyTree
 
 from l2w_jax.models import initializers
 from l2w_jax.models.conv import conv2d
-from l2w_jax.models.relu import relu
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1  # weight of the new batch; Flax would call this 0.9
@@ -239,7 +238,7 @@ class ConvBNReLU(nn.Module):
     self.bn = BatchNorm(self.features)
 
   def __call__(self, x: Image, mode: Mode) -> Image:
-    return relu(self.bn(self.conv(x), mode))
+    return jax.nn.relu(self.bn(self.conv(x), mode))
 
 
 def conv_bn_relus(
@@ -249,7 +248,9 @@ def conv_bn_relus(
   if not mode.train:
     return [conv(x, mode) for conv, x in zip(convs, images, strict=True)]
   images = [conv.conv(x) for conv, x in zip(convs, images, strict=True)]
-  return [relu(x) for x in batch_norms([conv.bn for conv in convs], images, mode)]
+  return [
+    jax.nn.relu(x) for x in batch_norms([conv.bn for conv in convs], images, mode)
+  ]
 
 
 class BottleneckConv(nn.Module):
