@@ -166,8 +166,8 @@ def make_half_step(
     gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
     if factors is not None:
       gradient = jax.tree.map(jnp.multiply, gradient, factors)
-    state = real_step(optimizer, state, gradient, rate)
-    state = state.replace(batch_stats=devices.across(batch_stats))
+    batch_stats = devices.across(batch_stats)
+    state = real_step(optimizer, state, gradient, batch_stats, rate)
     train_loss = devices.mean_of_all((weights * losses).mean(axis=0).sum())
     return state, metrics | {
       "train_loss": train_loss,
@@ -296,12 +296,15 @@ def real_step(
   optimizer: optax.GradientTransformation,
   state: TrainState,
   gradient: PyTree,
+  batch_stats: PyTree,
   learning_rate: jax.Array,
 ) -> TrainState:
-  """Θ⁺ of Eq. 9, by SGD."""
+  """Θ⁺ of Eq. 9, by SGD, and the running statistics of the pass at Θ."""
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   return state.replace(
-    params=apply_updates(state.params, updates, learning_rate), opt_state=opt_state
+    params=apply_updates(state.params, updates, learning_rate),
+    batch_stats=batch_stats,
+    opt_state=opt_state,
   )
 
 
