@@ -10,6 +10,7 @@ import l2w_jax
 from l2w_jax.data import resident, sources
 from l2w_jax.training import checkpoint, metrics_log
 from l2w_jax.training import loop as train
+from l2w_jax.training.state import split_seed
 
 # What may differ between two runs of the same steps.
 CLOCK = "images_per_second"
@@ -54,7 +55,6 @@ def resumed(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(metrics_log.MetricsLog, "write", dying_write)
-    patch.setattr(train, "BLOCK_SECONDS", 0)  # one step under each dispatch
     with pytest.raises(Killed):
       train.train(workdir, config)
   path = workdir / "metrics.jsonl"
@@ -146,14 +146,6 @@ def test_the_log_drops_what_is_written_again_and_a_cut_line(tmp_path):
     assert [json.loads(x)["step"] for x in lines.splitlines()] == kept
 
 
-def test_mean_of_known_leaves_out_what_is_unknown():
-  nan = np.nan
-  np.testing.assert_array_equal(
-    train._mean_of_known(np.array([[1.0, 3.0], [nan, 3.0], [nan, nan]])),
-    [2, 3, nan],
-  )
-
-
 def test_uniform_trains_and_logs_without_a_wpn(tmp_path, tiny_config):
   tiny_config.method = "uniform"
   tiny_config.epochs = 1
@@ -196,16 +188,16 @@ def test_runs_of_other_seeds_are_the_same_program(tiny_config):
   def program(seed):
     tiny_config.seed = seed
     dataset = sources.load(tiny_config.data)
+    keys = split_seed(seed)
     backbone = l2w_jax.build_backbone(tiny_config.model, 10, (8, 8, 1))
-    init_key, data_key = jax.random.split(jax.random.key(seed))
-    state = l2w_jax.init_state(init_key, backbone, tiny_config)
-    return (
-      train.make_block_fn(backbone, tiny_config, 8, 1)
-      .lower(
-        state, resident.arrays(dataset), np.int32(1), jax.random.key_data(data_key)
-      )
-      .as_text()
-    )
+    state = l2w_jax.init_state(keys.init, backbone, tiny_config)
+    feed = resident.ResidentFeed(dataset, tiny_config, keys.data, 1)
+    step = train.Step(backbone, tiny_config, 8, 1)
+    texts = [
+      half_step.lower(state, *feed.halves(0), step._keys[0]).as_text()
+      for half_step in step._half_steps.values()
+    ]
+    return [*texts, feed._halves.lower(*feed._arguments, np.int32(0)).as_text()]
 
   first = program(0)
   assert first == program(1)
