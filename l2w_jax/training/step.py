@@ -130,7 +130,7 @@ def make_half_step(
   config_lib.check_method(config, backbone.num_exits)
   optimizer = sgd(config.optimizer)
   learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
-  wpn_update = _wpn_update(backbone, config, devices)
+  meta_gradient = _meta_gradient(backbone, config, devices)
   factors = (
     equilibrium.factors(backbone.module, backbone.image_shape)
     if config.method == "equilibrium"
@@ -156,11 +156,16 @@ def make_half_step(
     metrics = {}
     if config.method == "l2w":
       features = weighting.features(losses, confidence, config.meta.inputs)
+
+      def weights_fn(wpn_params):
+        return weights_of(config, devices, wpn_params, features)
+
       if update_wpn:
-        look = (forward, losses_fn, pull, features, rate)
-        gradient, metrics = wpn_update(state, train_half, meta_half, *look)
+        gradient, metrics = meta_gradient(
+          state, train_half, meta_half, forward, losses_fn, pull, weights_fn, rate
+        )
         state = wpn_step(config, state, gradient, wpn_learning_rate(state.step))
-      weights = weights_of(config, devices, state.wpn_params, features)
+      weights = weights_fn(state.wpn_params)
     else:
       weights = given_weights(config, devices, losses, key, state.step)
     gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
@@ -178,59 +183,40 @@ def make_half_step(
   return half_step
 
 
-def _wpn_update(backbone, config, devices):
+def _meta_gradient(backbone, config, devices):
   """Eqs. 7 and 8 on a pair of halves: -> (∇_Φ L_meta, metrics)."""
   optimizer = sgd(config.optimizer)
-  proportions = allocation.proportions(config.meta.q, backbone.num_exits)
-  allocate = allocation.OBJECTIVES[config.meta.objective]
+  meta_objective = _meta_objective(backbone, config, devices)
   name, num_parts = config_lib.estimator(config.meta.estimator)
   # Two exact roads; the second forgets what the first would keep meanwhile.
   name = "jvp" if name == "grad" and config.model.remat else name
 
-  def wpn_update(
-    state, train_half, meta_half, forward, losses_fn, pull, features, rate
+  def meta_gradient(
+    state, train_half, meta_half, forward, losses_fn, pull, weights_fn, rate
   ):
-    def weights_fn(wpn_params):
-      return weights_of(config, devices, wpn_params, features)
-
     def sgd_step(gradient):
       return inner_sgd_step(optimizer, state, devices.mean(gradient), rate)
-
-    def meta_loss_fn(pseudo_params):
-      meta_losses, (_, confidence) = microbatches.losses_fn(
-        forward_pass(
-          backbone, devices, state.batch_stats, losses_lib.cross_entropy
-        ),
-        meta_half,
-        config.microbatches,
-      )(pseudo_params)
-      everyone = devices.gather(jax.lax.stop_gradient(confidence))
-      allocated = allocate(everyone, proportions)
-      meta_loss = devices.num_devices * allocation.meta_loss(
-        meta_losses, devices.own(allocated), allocated.sum(axis=0)
-      )
-      return meta_loss, devices.own(allocated)
 
     def look_ahead(wpn_params):
       if name == "grad":
         return meta.pseudo_update(pull, weights_fn(wpn_params), sgd_step)
-      step = inner_step(config, devices, optimizer, forward, wpn_params, rate)
       parts = microbatches.cut(train_half, num_parts)
       return meta.unrolled_update(
-        step,
+        inner_step(config, devices, optimizer, forward, wpn_params, rate),
         (state.params, state.opt_state),
         [jax.tree.map(lambda x, t=t: x[t], parts) for t in range(num_parts)],
       )
 
-    def slopes(direction):
+    def slopes_fn(direction):
       losses_of = (lambda params: losses_fn(params)[0], state.params, direction)
       if name == "first_order":
         return estimators.first_order(*losses_of, devices.mean)
       return estimators.SLOPES[name](*losses_of)
 
+    meta_loss_fn = functools.partial(meta_objective, state.batch_stats, meta_half)
     if name in estimators.SLOPES:
       (meta_loss, allocated), gradient = estimators.wpn_gradient(
-        state.wpn_params, pull, weights_fn, sgd_step, meta_loss_fn, slopes
+        state.wpn_params, pull, weights_fn, sgd_step, meta_loss_fn, slopes_fn
       )
     else:
       (meta_loss, allocated), gradient = meta.wpn_gradient(
@@ -243,7 +229,26 @@ def _wpn_update(backbone, config, devices):
       "wpn_gradient": gradient,
     }
 
-  return wpn_update
+  return meta_gradient
+
+
+def _meta_objective(backbone, config, devices):
+  """(running statistics, meta half, Θ̂) -> (L_meta, which exit scores which)."""
+  proportions = allocation.proportions(config.meta.q, backbone.num_exits)
+  allocate = allocation.OBJECTIVES[config.meta.objective]
+
+  def meta_objective(batch_stats, meta_half, pseudo_params):
+    forward = forward_pass(backbone, devices, batch_stats, losses_lib.cross_entropy)
+    losses_fn = microbatches.losses_fn(forward, meta_half, config.microbatches)
+    losses, (_, confidence) = losses_fn(pseudo_params)
+    everyone = devices.gather(jax.lax.stop_gradient(confidence))
+    allocated = allocate(everyone, proportions)
+    own = devices.own(allocated)
+    # So that the mean over devices is the global meta loss.
+    share = allocation.meta_loss(losses, own, allocated.sum(axis=0))
+    return devices.num_devices * share, own
+
+  return meta_objective
 
 
 @functools.partial(jax.jit, static_argnums=0)
