@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
+
+from l2w_jax.data import order
+from l2w_jax.data.order import Batch
+from l2w_jax.run.parallel import ONE_DEVICE, Collectives
 
 Images = UInt8[Array, "B H W channels"]
 
@@ -64,3 +70,26 @@ def apply(config: ConfigDict, images: Images, draws: dict[str, Array]) -> Images
   if "mirrored" in draws:
     images = flip(images, draws["mirrored"])
   return images
+
+
+def make_batch_fn(
+  config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE
+) -> Callable[[Batch, Int[Array, ""]], Batch]:
+  """(data, step) -> the batch of that step, of this device's images in `data`.
+
+  Draws are for the whole batch and then cut, so they do not depend on the
+  number of devices.
+  """
+  _, augment_key = order.keys(key)
+
+  def batch_fn(data: Batch, step: Int[Array, ""]) -> Batch:
+    draws = draw(config.data, jax.random.fold_in(augment_key, step), config.batch)
+    images = apply(
+      config.data, data["image"], jax.tree.map(devices.own_halves, draws)
+    )
+    return {
+      "image": normalize(images, data["mean"], data["std"]),
+      "label": data["label"],
+    }
+
+  return batch_fn

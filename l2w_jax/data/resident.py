@@ -33,27 +33,19 @@ def arrays(dataset: Dataset) -> Batch:
 def make_batch_fn(
   config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE
 ) -> Callable[[Batch, Int[Array, ""]], Batch]:
-  """(arrays, step) -> this device's share of the batch of that step.
-
-  Draws are for the whole batch and then cut, so they do not depend on the
-  number of devices.
-  """
-  order_key, augment_key = order.keys(key)
-  batch = config.batch
+  """(arrays, step) -> this device's share of the batch of that step."""
+  order_key, _ = order.keys(key)
+  augmented = augment.make_batch_fn(config, key, devices)
 
   def batch_fn(data: Batch, step: Int[Array, ""]) -> Batch:
     num_train = data["label"].shape[0]
-    epoch, t = jnp.divmod(step, order.steps_per_epoch(num_train, batch))
+    epoch, t = jnp.divmod(step, order.steps_per_epoch(num_train, config.batch))
     chosen = jax.lax.dynamic_slice_in_dim(
-      order.epoch_order(order_key, epoch, num_train), t * batch, batch
+      order.epoch_order(order_key, epoch, num_train), t * config.batch, config.batch
     )
-    draws = augment.draw(config.data, jax.random.fold_in(augment_key, step), batch)
-    chosen, draws = jax.tree.map(devices.own_halves, (chosen, draws))
-    images = augment.apply(config.data, data["image"][chosen], draws)
-    return {
-      "image": augment.normalize(images, data["mean"], data["std"]),
-      "label": data["label"][chosen],
-    }
+    chosen = devices.own_halves(chosen)
+    own = {name: data[name][chosen] for name in ("image", "label")}
+    return augmented(data | own, step)
 
   return batch_fn
 

@@ -10,42 +10,22 @@ came before. Several hosts read disjoint rows of each batch, together all of it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from l2w_jax.data import augment, order, stored
 from l2w_jax.data.order import Batch
 from l2w_jax.data.sources import Dataset, LazyImages
 from l2w_jax.run import parallel
-from l2w_jax.run.parallel import ONE_DEVICE, Collectives
 
 AHEAD = 2  # batches that wait on the devices
-
-
-def make_batch_fn(
-  config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE
-) -> Callable[[Batch, Int[Array, ""]], Batch]:
-  """(data, step) -> the batch of that step; `data` holds this device's images."""
-  _, augment_key = order.keys(key)
-
-  def batch_fn(data: Batch, step: Int[Array, ""]) -> Batch:
-    draws = augment.draw(
-      config.data, jax.random.fold_in(augment_key, step), config.batch
-    )
-    draws = jax.tree.map(devices.own_halves, draws)
-    images = augment.apply(config.data, data["image"], draws)
-    return {
-      "image": augment.normalize(images, data["mean"], data["std"]),
-      "label": data["label"],
-    }
-
-  return batch_fn
 
 
 class StreamingFeed:
@@ -60,7 +40,7 @@ class StreamingFeed:
   """
 
   whole = False  # data serves one step
-  make_batch_fn = staticmethod(make_batch_fn)
+  make_batch_fn = staticmethod(augment.make_batch_fn)
 
   def __init__(
     self,
@@ -71,11 +51,11 @@ class StreamingFeed:
     rows: np.ndarray,
   ):
     self._num_devices, self._rows = num_devices, rows
-    self._samples = _samples(dataset, config, key, self._rows)
+    self._samples = _samples(dataset, config, key, rows)
     self._replicated = parallel.replicate(
       {
-        "mean": np.asarray(dataset.mean, np.float32),
-        "std": np.asarray(dataset.std, np.float32),
+        name: np.asarray(getattr(dataset, name), np.float32)
+        for name in ("mean", "std")
       },
       num_devices,
     )
@@ -108,8 +88,7 @@ class StreamingFeed:
     batches = pipeline(self._samples[step * len(self._rows) :], len(self._rows))
     batches = batches.map(
       lambda batch: {
-        name: parallel.put_rows(x, self._num_devices)
-        for name, x in zip(("image", "label"), batch, strict=True)
+        name: parallel.put_rows(x, self._num_devices) for name, x in batch.items()
       }
     )
     return iter(
@@ -118,20 +97,17 @@ class StreamingFeed:
 
 
 def pipeline(samples, batch: int):
-  """Grain dataset of tuples of arrays [≤ batch …] from one of tuples [ … ].
+  """Grain dataset of batches [≤ batch …] of a dataset of arrays, or trees of them.
 
   Samples are made by as many threads as there are cores, in order.
   """
   import grain
 
   threads = stored.num_threads()
+  ahead = max(4 * threads, batch)
   return samples.to_iter_dataset(
-    grain.ReadOptions(
-      num_threads=threads, prefetch_buffer_size=max(4 * threads, batch)
-    )
-  ).batch(
-    batch, batch_fn=lambda rows: tuple(map(np.stack, zip(*rows, strict=True)))
-  )
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+  ).batch(batch)
 
 
 def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
@@ -139,19 +115,12 @@ def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
   import grain
   from grain import experimental
 
-  samples = grain.MapDataset.range(len(images)).map(
-    lambda i: (images.middle(int(i)),)
+  samples = grain.MapDataset.range(len(images)).map(lambda i: images.middle(int(i)))
+  found = experimental.ThreadPrefetchIterDataset(
+    pipeline(samples, batch), prefetch_buffer_size=1
   )
-  found = iter(
-    experimental.ThreadPrefetchIterDataset(
-      pipeline(samples, batch), prefetch_buffer_size=1
-    )
-  )
-  try:
-    for (rows,) in found:
-      yield rows
-  finally:
-    found.close()
+  with contextlib.closing(iter(found)) as found:
+    yield from found
 
 
 def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray):
@@ -162,26 +131,27 @@ def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray)
   num_train = len(train.labels)
   steps = order.steps_per_epoch(num_train, config.batch)
   crops = config.data.augment == "crop_flip"
-  crop_seed = [int(x) for x in jax.random.key_data(augment_key)]
-  crop_seed = crop_seed[0] << 32 | crop_seed[1]
+  high, low = map(int, jax.random.key_data(augment_key))
+  crop_seed = high << 32 | low
   lock = threading.Lock()
 
   @functools.lru_cache(maxsize=2)
   def epoch_order(epoch: int) -> np.ndarray:
     return np.asarray(order.epoch_order(order_key, epoch, num_train))
 
-  def sample(position: int) -> tuple[np.ndarray, np.int32]:
+  def sample(position: int) -> dict[str, np.ndarray | np.int32]:
     step, row = divmod(int(position), len(rows))
     row = int(rows[row])  # in the batch of all hosts
     epoch, t = divmod(step, steps)
     with lock:  # a hundred threads would all shuffle a new epoch
       i = int(epoch_order(epoch)[t * config.batch + row])
-    if not crops:
-      return train.images.middle(i), train.labels[i]
-    # One stream of numbers for each image of the run, whoever reads it.
-    rng = np.random.Generator(
-      np.random.Philox(key=crop_seed, counter=[0, 0, 0, step * config.batch + row])
-    )
-    return train.images.random_crop(i, rng), train.labels[i]
+    if crops:
+      # One stream of numbers for each image of the run, whoever reads it.
+      place = [0, 0, 0, step * config.batch + row]
+      rng = np.random.Generator(np.random.Philox(key=crop_seed, counter=place))
+      image = train.images.random_crop(i, rng)
+    else:
+      image = train.images.middle(i)
+    return {"image": image, "label": train.labels[i]}
 
   return grain.MapDataset.range(config.epochs * steps * len(rows)).map(sample)
