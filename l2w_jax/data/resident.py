@@ -48,14 +48,11 @@ def make_halves_fn(
       order.epoch_order(order_key, epoch, num_train), t * batch, batch
     )
     draws = augment.draw(config.data, jax.random.fold_in(augment_key, step), batch)
-
-    def one(chosen, draws):
-      images = augment.apply(config.data, data["image"][chosen], draws)
-      images = augment.normalize(images, data["mean"], data["std"])
-      return {"image": images, "label": data["label"][chosen]}
-
     first, second = devices.own_halves((chosen, draws))
-    return one(*first), one(*second)
+    return (
+      augment.ready(config.data, data, *first),
+      augment.ready(config.data, data, *second),
+    )
 
   return halves_fn
 

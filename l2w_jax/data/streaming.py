@@ -10,6 +10,7 @@ came before. Several hosts read disjoint rows of each batch, together all of it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -39,14 +40,11 @@ def make_halves_fn(
       config.data, jax.random.fold_in(augment_key, step), config.batch
     )
     middle = data["label"].shape[0] // 2
-
-    def one(rows, draws):
-      images = augment.apply(config.data, data["image"][rows], draws)
-      images = augment.normalize(images, data["mean"], data["std"])
-      return {"image": images, "label": data["label"][rows]}
-
     first, second = devices.own_halves(draws)
-    return one(slice(middle), first), one(slice(middle, None), second)
+    return (
+      augment.ready(config.data, data, slice(middle), first),
+      augment.ready(config.data, data, slice(middle, None), second),
+    )
 
   return halves_fn
 
@@ -111,9 +109,7 @@ class StreamingFeed:
 
     batches = pipeline(self._samples[step * len(self._rows) :], len(self._rows))
     batches = batches.map(
-      lambda batch: parallel.split_rows(
-        dict(zip(("image", "label"), batch, strict=True)), self._num_devices
-      )
+      lambda batch: parallel.split_rows(batch, self._num_devices)
     )
     return iter(
       experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
@@ -121,20 +117,17 @@ class StreamingFeed:
 
 
 def pipeline(samples, batch: int):
-  """Grain dataset of tuples of arrays [≤ batch …] from one of tuples [ … ].
+  """Grain dataset of batches [≤ batch …] of a dataset of arrays, or trees of them.
 
   Samples are made by as many threads as there are cores, in order.
   """
   import grain
 
   threads = stored.num_threads()
+  ahead = max(4 * threads, batch)
   return samples.to_iter_dataset(
-    grain.ReadOptions(
-      num_threads=threads, prefetch_buffer_size=max(4 * threads, batch)
-    )
-  ).batch(
-    batch, batch_fn=lambda rows: tuple(map(np.stack, zip(*rows, strict=True)))
-  )
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+  ).batch(batch)
 
 
 def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
@@ -142,19 +135,12 @@ def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
   import grain
   from grain import experimental
 
-  samples = grain.MapDataset.range(len(images)).map(
-    lambda i: (images.middle(int(i)),)
+  samples = grain.MapDataset.range(len(images)).map(lambda i: images.middle(int(i)))
+  found = experimental.ThreadPrefetchIterDataset(
+    pipeline(samples, batch), prefetch_buffer_size=1
   )
-  found = iter(
-    experimental.ThreadPrefetchIterDataset(
-      pipeline(samples, batch), prefetch_buffer_size=1
-    )
-  )
-  try:
-    for (rows,) in found:
-      yield rows
-  finally:
-    found.close()
+  with contextlib.closing(iter(found)) as found:
+    yield from found
 
 
 def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray):
@@ -165,26 +151,27 @@ def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray)
   num_train = len(train.labels)
   steps = order.steps_per_epoch(num_train, config.batch)
   crops = config.data.augment == "crop_flip"
-  crop_seed = [int(x) for x in jax.random.key_data(augment_key)]
-  crop_seed = crop_seed[0] << 32 | crop_seed[1]
+  high, low = map(int, jax.random.key_data(augment_key))
+  crop_seed = high << 32 | low
   lock = threading.Lock()
 
   @functools.lru_cache(maxsize=2)
   def epoch_order(epoch: int) -> np.ndarray:
     return np.asarray(order.epoch_order(order_key, epoch, num_train))
 
-  def sample(position: int) -> tuple[np.ndarray, np.int32]:
+  def sample(position: int) -> dict[str, np.ndarray | np.int32]:
     step, row = divmod(int(position), len(rows))
     row = int(rows[row])  # in the batch of all hosts
     epoch, t = divmod(step, steps)
     with lock:  # a hundred threads would all shuffle a new epoch
       i = int(epoch_order(epoch)[t * config.batch + row])
-    if not crops:
-      return train.images.middle(i), train.labels[i]
-    # One stream of numbers for each image of the run, whoever reads it.
-    rng = np.random.Generator(
-      np.random.Philox(key=crop_seed, counter=[0, 0, 0, step * config.batch + row])
-    )
-    return train.images.random_crop(i, rng), train.labels[i]
+    if crops:
+      # One stream of numbers for each image of the run, whoever reads it.
+      place = [0, 0, 0, step * config.batch + row]
+      rng = np.random.Generator(np.random.Philox(key=crop_seed, counter=place))
+      image = train.images.random_crop(i, rng)
+    else:
+      image = train.images.middle(i)
+    return {"image": image, "label": train.labels[i]}
 
   return grain.MapDataset.range(config.epochs * steps * len(rows)).map(sample)
