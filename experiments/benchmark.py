@@ -12,12 +12,12 @@ PyTorch (pytorch_step.py, pip install "l2w_jax[torch]"), run in turn with ours, 
 --compile-only measures no time: it needs no memory for the images, so any size can
 be asked.
 
-A step is two calls of one program, its half step. Milliseconds and operations, which
-are XLA's own count, are those of both; memory is what the program needs beside its
-arguments, and differs from one kind of device to another. Fusions are the pieces of
-machine code that XLA makes beside convolutions and products, and most of the time of
-compiling. The device's peak is that of a large matrix product and of a large
-convolution, in the same run.
+A step is two calls of one program, its half step. Milliseconds and operations,
+which are XLA's own count, are those of both; memory is what the program needs
+beside its arguments, and differs from one kind of device to another. Fusions are the
+pieces of machine code that XLA makes beside convolutions and products, and most of
+the time of compiling. The device's peak is that of a large matrix product and of a
+large convolution, in the same run.
 """
 
 from __future__ import annotations

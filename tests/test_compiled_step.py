@@ -103,7 +103,9 @@ def test_a_rematerialised_derivative_keeps_what_passes_from_stage_to_stage():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [{"method": "uniform"}, {}], ids=str)
+@pytest.mark.parametrize(
+  "overrides", [{"method": "uniform"}, {}], ids=["uniform", "l2w"]
+)
 def test_rematerialisation_needs_less_memory_on_a_tpu(overrides, monkeypatch):
   """Compiled for a TPU that is not there; XLA:CPU computes nothing anew.
 
