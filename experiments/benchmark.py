@@ -14,10 +14,10 @@ be asked.
 
 A step is two calls of one program, its half step. Milliseconds and operations,
 which are XLA's own count, are those of both; memory is what the program needs
-beside its arguments, and differs from one kind of device to another. Fusions are the
-pieces of machine code that XLA makes beside convolutions and products, and most of
-the time of compiling. The device's peak is that of a large matrix product and of a
-large convolution, in the same run.
+beside its arguments, and differs from one kind of device to another. Fusions are
+the pieces of machine code that XLA makes beside convolutions and products, and most
+of the time of compiling. The device's peak is that of a large matrix product and of
+a large convolution, in the same run.
 """
 
 from __future__ import annotations
