@@ -106,76 +106,28 @@ def _search(
   proportions: Float[Array, "*Q K"],
   calibration: str,
 ) -> Float[Array, "*Q K"]:
-  """Radix selection on sets of samples kept as bits, 32 samples to a word.
-
-  The confidences of an exit, as unsigned keys of the same order, are cut into
-  bit planes. The threshold's key is found from its highest bit down: it has a 1
-  where enough of the candidates do. No sort: 4 and 18 ms for 10,000 and 50,000
-  samples, 5 exits and 39 values of q, where sorting took 22 and 105.
-  """
-  num_samples = confidence.shape[0]
-  keys, size = _ordered_bits(confidence.T)
-  shifts = jnp.arange(size - 1, -1, -1, dtype=keys.dtype)
-  planes = _pack((keys[:, None] >> shifts[:, None]) & 1)  # [K size words]
-
-  def one_bit(carry, plane):
-    equal, above, due = carry
-    ones = equal & plane
-    count = _count(ones)
-    bit = count >= due
-    equal = jnp.where(bit, ones, equal & ~plane)
-    above = jnp.where(bit, above, above | ones)
-    return (equal, above, jnp.where(bit, due, due - count)), bit
+  """Each exit is sorted once; who is still there is counted in that order."""
+  num_samples = len(confidence)
+  due = counts_per_exit(num_samples, proportions)
+  confidence = jnp.where(confidence == 0, 0, confidence).T  # one zero, not two
+  order = jnp.argsort(confidence, stable=True, descending=True)
 
   def one_exit(present, exit_k):
-    planes_k, due = exit_k
-    waiting = _count(present)
+    confidence_k, order_k, due_k = exit_k
+    counted = jnp.cumsum(present[order_k])
     if calibration == "held_out":
-      due = jnp.minimum(due, waiting)
-    open_ = (due > 0) & (due <= waiting)
-    nobody = jnp.zeros_like(present)
-    (equal, above, _), bits = lax.scan(one_bit, (present, nobody, due), planes_k)
-    key = (bits.astype(keys.dtype) << shifts).sum(dtype=keys.dtype)
-    threshold = jnp.where(open_, _from_ordered_bits(key, confidence.dtype), jnp.inf)
-    leaves = jnp.where(open_, equal | above, nobody)
-    return present & ~leaves, threshold.astype(confidence.dtype)
+      due_k = jnp.minimum(due_k, counted[-1])
+    last = confidence_k[order_k[jnp.searchsorted(counted, due_k)]]
+    open_ = (due_k > 0) & (due_k <= counted[-1])
+    threshold = jnp.where(open_, last, jnp.inf)
+    return present & (confidence_k < threshold), threshold
 
   def one_q(due):
-    everyone = _pack(jnp.ones(num_samples, jnp.uint32))
-    return lax.scan(one_exit, everyone, (planes, due))[1].at[-1].set(-jnp.inf)
+    everyone = jnp.ones(num_samples, bool)
+    _, thresholds = lax.scan(one_exit, everyone, (confidence, order, due))
+    return thresholds.at[-1].set(-jnp.inf)
 
-  due = counts_per_exit(num_samples, proportions)
   return one_q(due) if due.ndim == 1 else jax.vmap(one_q)(due)
-
-
-def _ordered_bits(x: Float[Array, "..."]) -> tuple[Array, int]:
-  """(unsigned integers in the order of x, how many bits they have)."""
-  size = x.dtype.itemsize * 8
-  unsigned = jnp.dtype(f"uint{size}").type
-  sign, every = unsigned(1 << (size - 1)), unsigned(2**size - 1)
-  # One zero, or -0 would rank below 0.
-  raw = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)
-  return raw ^ jnp.where(raw & sign, every, sign), size
-
-
-def _from_ordered_bits(key: Array, dtype: jnp.dtype) -> Float[Array, ""]:
-  size = jnp.dtype(dtype).itemsize * 8
-  sign, every = key.dtype.type(1 << (size - 1)), key.dtype.type(2**size - 1)
-  raw = key ^ jnp.where(key & sign, sign, every)
-  return lax.bitcast_convert_type(raw, dtype)
-
-
-def _pack(bits: Array) -> Array:
-  """[… N] of zeros and ones -> [… ceil(N / 32)] words; 0 beyond N."""
-  padding = [(0, 0)] * (bits.ndim - 1) + [(0, -bits.shape[-1] % 32)]
-  bits = jnp.pad(bits.astype(jnp.uint32), padding)
-  bits = bits.reshape(*bits.shape[:-1], -1, 32)
-  places = jnp.arange(32, dtype=jnp.uint32)
-  return (bits << places).sum(-1, dtype=jnp.uint32)
-
-
-def _count(words: Array) -> Int[Array, ""]:
-  return lax.population_count(words).sum(dtype=jnp.int32)
 
 
 def exits_taken(
