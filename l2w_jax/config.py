@@ -141,8 +141,8 @@ _EVERY_MODEL = {
   ),
   "remat": _flag(
     False,
-    "compute each stage anew in derivatives: less memory, slower; nothing on a CPU, "
-    "where XLA merges it with the first time",
+    "compute each stage anew in derivatives: less memory, slower; on a CPU no "
+    "less, as XLA merges it with the first time",
   ),
 }
 
