@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import l2w_jax
-from l2w_jax.data import resident, sources
+from l2w_jax.data import feeds, sources
+from l2w_jax.run import parallel
 from l2w_jax.training import checkpoint, metrics_log
 from l2w_jax.training import loop as train
 from l2w_jax.training.state import split_seed
@@ -182,24 +183,43 @@ def test_weights_against_loss_are_binned(finished):
   assert all(0.2 < mean < 1.8 for mean in means[known])
 
 
-def test_runs_of_other_seeds_are_the_same_program(tiny_config):
+@pytest.mark.parametrize("method", ["l2w", "random"])
+def test_runs_of_other_seeds_are_the_same_program(method, tiny_config, monkeypatch):
   """So that the compilation of one serves all, from the cache on disk."""
+  tiny_config.method = method
+  lowered = []
+  map_devices = parallel.map_devices
 
-  def program(seed):
-    tiny_config.seed = seed
+  def recording(function, *arguments):
+    mapped = map_devices(function, *arguments)
+
+    def lower(*arguments):
+      lowered.append(mapped.lower(*arguments))
+      return lowered[-1]
+
+    def call(*arguments):
+      lower(*arguments)
+      return mapped(*arguments)
+
+    call.lower = lower
+    return call
+
+  monkeypatch.setattr(parallel, "map_devices", recording)
+  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: None)
+
+  def programs(seed):
+    lowered.clear()
+    tiny_config.seed, keys = seed, split_seed(seed)
     dataset = sources.load(tiny_config.data)
-    keys = split_seed(seed)
     backbone = l2w_jax.build_backbone(tiny_config.model, 10, (8, 8, 1))
     state = l2w_jax.init_state(keys.init, backbone, tiny_config)
-    feed = resident.ResidentFeed(dataset, tiny_config, keys.data, 1)
+    feed = feeds.make_feed(dataset, tiny_config, keys.data, 1)
     step = train.Step(backbone, tiny_config, 8, 1)
-    texts = [
-      half_step.lower(state, *feed.halves(0), step._keys[0]).as_text()
-      for half_step in step._half_steps.values()
-    ]
-    return [*texts, feed._halves.lower(*feed._arguments, np.int32(0)).as_text()]
+    step.compile(state, feed.halves(1))
+    return [x.as_text() for x in lowered]
 
-  first = program(0)
-  assert first == program(1)
+  first = programs(0)
+  assert len(first) == 2  # the feed's and the half step
+  assert first == programs(1)
   tiny_config.epochs += 1  # changes the learning rate
-  assert first != program(0)
+  assert first != programs(0)
