@@ -3,26 +3,25 @@
     python experiments/benchmark.py configs/cifar100_msdnet.py \
         --set batch=128 --out cifar100.json
 
-compiles a forward pass, the uniform step, the l2w step, one half of it and the
-l2w step at interval 100, times all but the half in turn on the same random
-images, and prints and stores a table. Each piece is stored when it is done, and
-compiled programs in a folder beside the file; the same command again does only
-what is missing. --remat adds both steps with model.remat, --pytorch the same
-forward pass and steps in plain PyTorch (pytorch_step.py, pip install
-"l2w_jax[torch]"), run in turn with ours, and --compile-only measures no time: it
-needs no memory for the images, so any size can be asked.
+compiles a forward pass and the half steps of uniform, of l2w, and of l2w between
+two updates of its WPN, times them in turn on the same random images, and prints and
+stores a table. Each piece is stored when it is done, and compiled programs in a
+folder beside the file; the same command again does only what is missing. --remat
+adds both steps with model.remat, --pytorch the same forward pass and steps in plain
+PyTorch (pytorch_step.py, pip install "l2w_jax[torch]"), run in turn with ours, and
+--compile-only measures no time: it needs no memory for the images, so any size can
+be asked.
 
-Operations are XLA's own count of the compiled program. It counts the body of
-the loop over the two halves once, so a step is twice that. The device's peak is
-that of a large matrix product and of a large convolution, in the same run.
-Memory is what the compiled program needs beside its arguments; it differs from
-one kind of device to another. Fusions are the pieces of machine code that XLA makes
-beside convolutions and matrix products, and most of the time of compiling.
+A step is two calls of one program, its half step. Milliseconds and operations,
+which are XLA's own count, are those of both; memory is what the program needs
+beside its arguments, and differs from one kind of device to another. Fusions are
+the pieces of machine code that XLA makes beside convolutions and products, and most
+of the time of compiling. The device's peak is that of a large matrix product and of
+a large convolution, in the same run.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import operator
 import pathlib
@@ -42,63 +41,59 @@ from options import config_parser, one_line_errors, shape_and_classes
 import l2w_jax as l2w
 from l2w_jax.method import allocation
 from l2w_jax.run import files
-from l2w_jax.training.step import half_step_body, step_body
+from l2w_jax.training.step import make_half_step
 
 STEPS_PER_EPOCH = 1000
 INTERVAL = 100
+WITHOUT = "l2w, no WPN update"
 STEPS = {  # program: what it changes in the config
   "uniform": {"method": "uniform", "model.remat": False},
-  "l2w": {"method": "l2w", "meta.interval": 1, "model.remat": False},
-  "l2w, interval 100": {
-    "method": "l2w",
-    "meta.interval": INTERVAL,
-    "model.remat": False,
-  },
+  "l2w": {"method": "l2w", "model.remat": False},
+  WITHOUT: {"method": "l2w", "model.remat": False},
 }
 REMAT = {
   f"{name}, remat": STEPS[name] | {"model.remat": True}
   for name in ("uniform", "l2w")
 }
-HALF = "l2w, one half"
 PYTORCH = {f"{name}, PyTorch": name for name in ("forward", "uniform", "l2w")}
 
 
 class Program:
-  """One compiled function with what it needs to be timed."""
+  """A forward pass or a half step, compiled, with what it needs to be timed."""
 
-  def __init__(self, config_file, overrides, name="step"):
+  def __init__(self, config_file, overrides, name="l2w"):
     self.config = l2w.load_config(config_file, overrides)
-    shape, self.classes = shape_and_classes(self.config)
-    self.backbone = l2w.build_backbone(self.config.model, self.classes, shape)
-    batch = self.config.batch // (2 if name == HALF else 1)
-    images = jax.ShapeDtypeStruct((batch, *shape), jnp.result_type(float))
-    state = jax.eval_shape(self.fresh_state)
-    inputs = {"image": images, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
-    functions = {
-      "forward": lambda state, batch: (
-        state,
-        self.backbone.apply(state.variables, batch["image"]),
-      ),
-      HALF: half_step_body(
-        self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH
-      ),
-    }
-    function = functions.get(name) or step_body(
+    shape, classes = shape_and_classes(self.config)
+    self.backbone = l2w.build_backbone(self.config.model, classes, shape)
+    half_step = make_half_step(
       self.backbone, self.config, steps_per_epoch=STEPS_PER_EPOCH
     )
+
+    def forward(state, batch):
+      return state, self.backbone.apply(state.variables, batch["image"])
+
+    def step(state, train_half, meta_half):
+      key = jnp.zeros(2, jnp.uint32)  # of methods that draw weights
+      return half_step(state, train_half, meta_half, key, name != WITHOUT)
+
+    self.calls = 1 if name == "forward" else 2
+    size = self.config.batch // self.calls
+    inputs = {
+      "image": jax.ShapeDtypeStruct((size, *shape), jnp.result_type(float)),
+      "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
     began = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=0).lower(
-      state, *([inputs] * (2 if name == HALF else 1))
-    )
+    lowered = jax.jit(
+      forward if name == "forward" else step, donate_argnums=0
+    ).lower(jax.eval_shape(self.fresh_state), *self.calls * [inputs])
     traced = time.perf_counter()
     self.compiled = lowered.compile()
     ended = time.perf_counter()
     memory = self.compiled.memory_analysis()
-    cost = self.compiled.cost_analysis()
     self.facts = {
       "trace_seconds": traced - began,
       "compile_seconds": ended - traced,
-      "flops": (1 if name in functions else 2) * cost["flops"],
+      "flops": self.calls * self.compiled.cost_analysis()["flops"],
       "fusions": self.compiled.as_text().count(" fusion("),
       "temporary_bytes": memory.temp_size_in_bytes,
       "argument_bytes": memory.argument_size_in_bytes,
@@ -109,21 +104,33 @@ class Program:
     """The state before the first step."""
     return l2w.init_state(jax.random.key(0), self.backbone, self.config)
 
-  def start(self, batch, step):
-    """Makes the program ready to be timed from a step on."""
-    self.batch = batch
-    self.state = self.fresh_state().replace(step=jnp.asarray(step, jnp.int32))
-    return self
+  def start(self, batch):
+    """Makes the program ready to be run on a batch, from the first state."""
+    middle = self.config.batch // 2
+    first, second = (
+      jax.tree.map(lambda x, rows=rows: x[rows], batch)
+      for rows in (slice(middle), slice(middle, None))
+    )
+    self.inputs = (
+      [(batch,)] if self.calls == 1 else [(first, second), (second, first)]
+    )
+    self.state = self.fresh_state()
 
-  def run(self, step=None):
-    """(seconds until it has run, seconds until the call returned)."""
-    if step is not None:
-      self.state = self.state.replace(step=jnp.asarray(step, jnp.int32))
-    jax.block_until_ready((self.state, self.batch))
+  def __call__(self):
+    """One step, or one forward pass: what each call returned beside the state."""
+    results = []
+    for inputs in self.inputs:
+      self.state, result = self.compiled(self.state, *inputs)
+      results.append(result)
+    return results
+
+  def run(self):
+    """(seconds until a step has run, seconds until its calls returned)."""
+    jax.block_until_ready((self.state, self.inputs))
     began = time.perf_counter()
-    self.state, result = self.compiled(self.state, self.batch)
+    results = self()
     returned = time.perf_counter()
-    jax.block_until_ready((self.state, result))
+    jax.block_until_ready((self.state, results))
     return time.perf_counter() - began, returned - began
 
 
@@ -194,20 +201,16 @@ class PyTorch:
     self._ask("l2w?")
     with np.load(self._path / "l2w.npz") as arrays:
       theirs = dict(arrays)
-    state, metrics = self._program.compiled(
-      self._program.fresh_state(), self._batch
-    )
+    self._program.start(self._batch)
     pairs = {}
-    for half in range(2):
+    for half, metrics in enumerate(self._program()):
       for name in ("losses", "weights", "meta_loss"):
-        pairs[f"{name} of half {half + 1}"] = [
-          (metrics[name][half], theirs[name][half])
-        ]
-      gradient = jax.tree.map(lambda x, half=half: x[half], metrics["wpn_gradient"])
+        pairs[f"{name} of half {half + 1}"] = [(metrics[name], theirs[name][half])]
       pairs[f"meta-gradient of half {half + 1}"] = [
         (x, theirs[f"gradient.{key}"][half])
-        for key, x in torch_state({"params": gradient}).items()
+        for key, x in torch_state({"params": metrics["wpn_gradient"]}).items()
       ]
+    state = self._program.state
     pairs["backbone"] = [
       (x, theirs[f"network.{key}"])
       for key, x in torch_state(state.variables).items()
@@ -240,7 +243,6 @@ def check_pytorch(config) -> None:
     "model.name": "msdnet",
     "method": "l2w",
     "meta.inputs": "loss",
-    "meta.interval": 1,
     "label_smoothing": 0,
   }
   for key, value in wanted.items():
@@ -316,19 +318,10 @@ def random_batch(config) -> dict[str, jax.Array]:
 def times(
   programs: dict[str, Program], batch, rounds: int, pytorch: PyTorch | None = None
 ) -> dict[str, dict]:
-  """Seconds of each program, run in turn `rounds` times after two warm-ups.
-
-  At interval 100 both kinds of step are timed, with a WPN update and without.
-  """
+  """Seconds of each program, run in turn `rounds` times after two warm-ups."""
   for program in programs.values():
-    program.start(batch, 0)
-  jobs = {}
-  for name, program in programs.items():
-    if name == f"l2w, interval {INTERVAL}":
-      jobs[f"{name}: with update"] = functools.partial(program.run, 0)
-      jobs[f"{name}: without"] = functools.partial(program.run, 1)
-    else:
-      jobs[name] = program.run
+    program.start(batch)
+  jobs = {name: program.run for name, program in programs.items()}
   if pytorch is not None:
     jobs |= {
       name: lambda word=word: (pytorch.run(word), None)
@@ -387,7 +380,6 @@ def run(
   programs = {}
   wanted = {"forward": STEPS["uniform"]} | STEPS | (REMAT if remat else {})
   timed = [] if compile_only else [*wanted, *(PYTORCH if pytorch else ())]
-  wanted[HALF] = STEPS["l2w"]
   missing = [name for name in timed if name not in results.get("programs", [])]
   for name, changes in wanted.items():
     if missing or name not in results["compiled"]:
@@ -395,7 +387,7 @@ def run(
       program = Program(config_file, overrides | changes, name)
       results["compiled"].setdefault(name, program.facts)
       store()
-      if missing and name != HALF:
+      if missing:
         programs[name] = program
   if missing:
     print(f"timing {rounds} rounds ...", file=sys.stderr, flush=True)
@@ -432,11 +424,6 @@ def table(results) -> str:
       f"{facts['trace_seconds']:9.1f}{facts['compile_seconds']:10.1f}"
       f"{facts['fusions']:9}"
     )
-  whole, half = compiled["l2w"], compiled[HALF]
-  lines.append(
-    "compilation of the whole l2w step over one half: "
-    f"{whole['compile_seconds'] / half['compile_seconds']:.2f}"
-  )
   if "times" not in results:
     return "\n".join(lines)
   measured, batch = results["times"], results["batch"]
@@ -450,7 +437,7 @@ def table(results) -> str:
   for name, x in measured.items():
     facts = compiled.get(name)
     speed = f"{'':17}"
-    if facts and not name.startswith(f"l2w, interval {INTERVAL}"):
+    if facts:
       rate = facts["flops"] / best[name]
       share = rate / results["peak"]["convolution"]
       speed = f"{rate / 1e9:9.1f}{100 * share:7.0f}%"
@@ -464,11 +451,11 @@ def table(results) -> str:
       f"{batch / best[name]:10.0f}{best[name] / best['uniform']:9.2f}"
       f"{best[name] / best['forward']:9.2f}{speed}{host}".rstrip()
     )
-  name = f"l2w, interval {INTERVAL}"
-  mean = (
-    best[f"{name}: with update"] + (INTERVAL - 1) * best[f"{name}: without"]
-  ) / INTERVAL
-  lines.append(f"{name}: {mean / best['uniform']:.3f} of uniform on average")
+  mean = (best["l2w"] + (INTERVAL - 1) * best[WITHOUT]) / INTERVAL
+  lines.append(
+    f"l2w, meta.interval={INTERVAL}: {mean / best['uniform']:.3f} of uniform on "
+    "average"
+  )
   lines.append(
     "peak GFLOP/s: "
     + ", ".join(

@@ -34,6 +34,7 @@ from write_sources import write_tfds
 import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax.data import feeds, order, pixels, sources, stored, tfds_files
+from l2w_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -109,12 +110,12 @@ def streaming(data_dir: pathlib.Path) -> None:
       for part in range(0, images, 100):  # results are let go, as batches are
         list(pool.map(bare, range(part, part + 100)))
       rates["bare"].append(images / (time.perf_counter() - began))
-      jax.block_until_ready(feed.data(start))  # fills up what is ahead
+      jax.block_until_ready(feed.halves(start))  # fills up what is ahead
       time.sleep(2)
       count = 2 * steps
       began = time.perf_counter()
       for step in range(start + 1, start + 1 + count):
-        jax.block_until_ready(feed.data(step))
+        jax.block_until_ready(feed.halves(step))
       seconds = time.perf_counter() - began
       # Two batches, and as many images as wait to be batched, were ready.
       rates["feed"].append((count - 3) * 100 / seconds)
@@ -143,10 +144,10 @@ def stream_hashes(data_dir: pathlib.Path, start: int) -> None:
   """Prints a digest of each batch from step `start` to the end of 2 epochs."""
   feed, steps = open_feed(streaming_config(data_dir, epochs=2))
   for step in range(start, 2 * steps):
-    batch = feed.data(step)
     content = hashlib.sha1()
-    for name in ("image", "label"):
-      content.update(np.asarray(batch[name]).tobytes())
+    for half in feed.halves(step):
+      for name in ("image", "label"):
+        content.update(np.asarray(half[name]).tobytes())
     print(step, content.hexdigest(), flush=True)
   feed.close()
 
@@ -192,7 +193,7 @@ def memory(data_dir: pathlib.Path) -> None:
   feed, steps = open_feed(streaming_config(data_dir))
   used = []
   for step in range(5 * steps):
-    jax.block_until_ready(feed.data(step))
+    jax.block_until_ready(feed.halves(step))
     if (step + 1) % steps == 0:
       pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
       used.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1))
@@ -220,20 +221,19 @@ def resident(batch: int) -> None:
     np.full(3, 70.0),
   )
   feed = feeds.make_feed(dataset, config, jax.random.key(0), 1)
-  batch_fn = jax.jit(feed.make_batch_fn(config, jax.random.key(0)))
   backbone = l2w_jax.build_backbone(config.model, 100, (32, 32, 3))
   state = l2w_jax.init_state(jax.random.key(0), backbone, config)
-  step = l2w_jax.make_train_step(backbone, config, steps_per_epoch=44)
-  fixed = jax.block_until_ready(batch_fn(feed.data(0), 0))
-  jax.block_until_ready(step(state, fixed))
+  step = loop.Step(backbone, config, 45_000 // batch, 1)
+  fixed = jax.block_until_ready(feed.halves(0))
+  state, _ = jax.block_until_ready(step(state, fixed, 0))
   times = {"step": [], "feed": []}
   for t in range(8):
     began = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state, fixed))
+    state, _ = jax.block_until_ready(step(state, fixed, 0))
     times["step"].append(1000 * (time.perf_counter() - began))
     for _ in range(3):
       began = time.perf_counter()
-      jax.block_until_ready(batch_fn(feed.data(t), t))
+      jax.block_until_ready(feed.halves(t))
       times["feed"].append(1000 * (time.perf_counter() - began))
   print(
     json.dumps(

@@ -19,24 +19,21 @@ import jax
 from options import config_parser, one_line_errors
 
 import l2w_jax as l2w
-from l2w_jax.data import order, resident, sources
+from l2w_jax.data import feeds, order, sources
 from l2w_jax.results import report
 from l2w_jax.run import files
-from l2w_jax.training import diagnostics
+from l2w_jax.training import diagnostics, loop
+from l2w_jax.training.state import split_seed
 
 
 def trained(backbone, config, dataset, steps: int):
   """The state after some steps of a run, on one device."""
-  init_key, data_key = jax.random.split(jax.random.key(config.seed))
-  state = l2w.init_state(init_key, backbone, config)
-  if steps:
-    step = l2w.make_train_step(
-      backbone, config, steps_per_epoch=_per_epoch(config, dataset)
-    )
-    batch_fn = jax.jit(resident.make_batch_fn(config, data_key))
-    data = jax.device_put(resident.arrays(dataset))
-    for _ in range(steps):
-      state, _ = step(state, batch_fn(data, state.step))
+  keys = split_seed(config.seed)
+  state = l2w.init_state(keys.init, backbone, config)
+  step = loop.Step(backbone, config, _per_epoch(config, dataset), 1)
+  feed = feeds.make_feed(dataset, config, keys.data, 1)
+  for t in range(steps):
+    state, _ = step(state, feed.halves(t), t)
   return jax.block_until_ready(state)
 
 

@@ -19,24 +19,10 @@ import jax
 import numpy as np
 import onnxruntime
 from flax import traverse_util
-from jax import lax
 from jax2onnx import to_onnx
 
 from l2w_jax import config as config_lib
 from l2w_jax import models
-from l2w_jax.models import layers
-
-
-def plain_conv2d(x, kernel, stride):
-  """The same convolution, of primitives that jax2onnx knows."""
-  pad = (kernel.shape[0] // 2,) * 2
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    (pad, pad),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
 
 
 def network_of(source, config_file, image_size):
@@ -65,7 +51,6 @@ def main():
   arguments = parser.parse_args()
   if not (arguments.source or arguments.config):
     parser.error("give an export folder or --config")
-  layers.conv2d = plain_conv2d
   backbone, variables = network_of(
     arguments.source, arguments.config, arguments.image_size
   )

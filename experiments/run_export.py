@@ -12,17 +12,17 @@ from jax import export
 def load(folder):
   """(manifest, one function per stage) of an export folder."""
   manifest = json.loads(pathlib.Path(folder, "manifest.json").read_text())
-  files = [pathlib.Path(folder, name) for name in manifest["stages"]]
+  data = [pathlib.Path(folder, name).read_bytes() for name in manifest["stages"]]
+  black = np.zeros((1, *manifest["image_shape"]), np.uint8)
   try:
-    stages = [jax.jit(export.deserialize(f.read_bytes()).call) for f in files]
-    black = np.zeros((1, *manifest["image_shape"]), np.uint8)
+    stages = [jax.jit(export.deserialize(stage).call) for stage in data]
     predict(manifest, stages, black)  # some versions read but cannot run it
     return manifest, stages
   except Exception as error:  # an older jax fails in ways of its own
-    sys.exit(
-      f"jax {jax.__version__} cannot read this export of jax "
-      f"{manifest['jax']}; use that version or a newer one ({error})"
+    reason = (
+      f"cannot read this export of jax {manifest['jax']}; use that version or"
     )
+    sys.exit(f"jax {jax.__version__} {reason} a newer one ({error})")
 
 
 def predict(manifest, stages, images):
@@ -39,5 +39,5 @@ def predict(manifest, stages, images):
 
 
 if __name__ == "__main__":
-  answers = predict(*load(sys.argv[1]), np.load(sys.argv[2]))
-  np.savetxt(sys.stdout, np.transpose(answers), "%.9g")
+  found = predict(*load(sys.argv[1]), np.load(sys.argv[2]))
+  np.savetxt(sys.stdout, np.transpose(found), "%.9g")

@@ -9,8 +9,9 @@ depend on each other), and the longest chain of them in which each needs the one
 before, which no program that computes the same can undercut. From that it predicts
 how a step scales on machines whose numbers are in LINKS.
 
-`time` runs whole steps on 1 and on --devices virtual devices in turn, at the same
-total batch on the same cores, and says how long a call takes to return.
+`time` runs whole steps, which are two half steps, on 1 and on --devices virtual
+devices in turn, at the same total batch on the same cores, and says after how long
+control returns.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def count(config_file, overrides, num_devices) -> dict:
 
   import l2w_jax as l2w
   from l2w_jax.run import parallel
-  from l2w_jax.training.step import half_step_body
+  from l2w_jax.training.step import make_half_step
 
   config, backbone, shape = build(
     config_file,
@@ -147,7 +148,7 @@ def count(config_file, overrides, num_devices) -> dict:
     "label": jax.ShapeDtypeStruct((size,), jnp.int32),
   }
   mapped = parallel.map_devices(
-    half_step_body(
+    make_half_step(
       backbone,
       config,
       steps_per_epoch=STEPS_PER_EPOCH,
@@ -155,7 +156,9 @@ def count(config_file, overrides, num_devices) -> dict:
     ),
     num_devices,
   )
-  arguments = of_each(state), of_each(half), of_each(half)
+  arguments = tuple(
+    map(of_each, (state, half, half, jax.ShapeDtypeStruct((2,), jnp.uint32)))
+  )
   traced = jax.make_jaxpr(mapped)(*arguments)
   written, longest = chain(traced.jaxpr)
   lowered = mapped.lower(*arguments)
@@ -215,39 +218,33 @@ def measure(config_file, overrides, num_devices, rounds) -> dict:
 
   import l2w_jax as l2w
   from l2w_jax.run import parallel
-  from l2w_jax.training.step import step_body
+  from l2w_jax.training.loop import Step
 
   config, backbone, shape = build(config_file, overrides)
   parallel.check_batch(config.batch, num_devices)
   rng = np.random.default_rng(0)
-  batch = {
-    "image": rng.standard_normal((config.batch, *shape), np.float32),
-    "label": rng.integers(0, backbone.num_classes, config.batch, np.int32),
-  }
+  size = config.batch // 2
+  halves = [
+    {
+      "image": rng.standard_normal((size, *shape), np.float32),
+      "label": rng.integers(0, backbone.num_classes, size, np.int32),
+    }
+    for _ in range(2)
+  ]
   jobs, results = {}, {}
   for n in (1, num_devices):
-    step = parallel.map_devices(
-      step_body(
-        backbone,
-        config,
-        steps_per_epoch=STEPS_PER_EPOCH,
-        devices=parallel.collectives(n, config.sync),
-      ),
-      n,
-      donate_argnums=(0,),
-    )
     state = l2w.init_state(jax.random.key(0), backbone, config)
     jobs[n] = (
-      step,
+      Step(backbone, config, STEPS_PER_EPOCH, n),
       parallel.replicate(state, n),
-      jax.tree.map(lambda x, n=n: parallel.put_rows(x, n), batch),
+      tuple(parallel.split_rows(half, n) for half in halves),
     )
     results[n] = {"seconds": [], "returned": []}
   for i in range(rounds + 2):
     for n, (step, state, rows) in jobs.items():
       jax.block_until_ready((state, rows))
       began = time.perf_counter()
-      state, metrics = step(state, rows)
+      state, metrics = step(state, rows, i)
       returned = time.perf_counter() - began
       jax.block_until_ready((state, metrics))
       jobs[n] = step, state, rows

@@ -12,10 +12,15 @@ import importlib.util
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+
+# JAX makes the same key of 2**32 as of 0, and NumPy draws for (2**32, 0), which is
+# what `splits` holds out, what it draws for (0, 1), which is another of its draws.
+LAST_SEED = 2**32 - 1
 
 
 class Key(NamedTuple):
@@ -32,36 +37,34 @@ class Key(NamedTuple):
   doc: str
 
 
-def _number(low, high, doc, default, *, open_low=False, integer=False) -> Key:
+def _number(
+  default, low, doc, high=math.inf, *, above=False, kinds=(int, float)
+) -> Key:
   def allowed(value):
-    kind = int if integer else (int, float)
     return (
-      isinstance(value, kind)
+      isinstance(value, kinds)
       and not isinstance(value, bool)
       and math.isfinite(value)
-      and value <= high
-      and (low < value if open_low else low <= value)
+      and (low < value <= high if above else low <= value <= high)
     )
 
-  noun = "a whole number" if integer else "a number"
-  bound = "above" if open_low else "at least"
-  says = f"{noun} {bound} {low}"
-  if high != math.inf:
-    says += f" and at most {high}"
-  return Key(default, allowed, says, doc)
+  noun = "a whole number" if kinds is int else "a number"
+  least = f"{'above' if above else 'at least'} {low}"
+  most = "" if high == math.inf else f" and at most {high}"
+  return Key(default, allowed, f"{noun} {least}{most}", doc)
 
 
 def _integer(default, low, doc, high=math.inf) -> Key:
-  return _number(low, high, doc, default, integer=True)
+  return _number(default, low, doc, high, kinds=int)
+
+
+def _positive(default, doc, high=math.inf) -> Key:
+  return _number(default, 0, doc, high, above=True)
 
 
 def _choice(default, choices, doc) -> Key:
-  return Key(
-    default,
-    lambda value: value in choices,
-    "one of " + ", ".join(map(repr, choices)),
-    doc,
-  )
+  says = "one of " + ", ".join(map(repr, choices))
+  return Key(default, lambda value: value in choices, says, doc)
 
 
 def _text(default, doc) -> Key:
@@ -77,30 +80,28 @@ def _flag(default, doc) -> Key:
   return Key(default, lambda value: isinstance(value, bool), "True or False", doc)
 
 
-def _factors(default, doc) -> Key:
+def _tuple(default, item: Callable[[Any], bool], of: str, doc, least=0) -> Key:
   def allowed(value):
     return (
       isinstance(value, (tuple, list))
-      and len(value) > 0
-      and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in value
-      )
+      and len(value) >= least
+      and all(map(item, value))
     )
 
-  return Key(default, allowed, "a tuple of whole numbers, at least 1 each", doc)
+  return Key(default, allowed, f"a tuple of {of}", doc)
 
 
-def _numbers(default, doc) -> Key:
-  def allowed(value):
-    return isinstance(value, (tuple, list)) and all(
-      isinstance(v, (int, float)) and math.isfinite(v) and v > 0 for v in value
-    )
+def _factors(default, doc) -> Key:
+  whole = _integer(1, 1, doc).allowed
+  return _tuple(default, whole, "whole numbers, at least 1 each", doc, least=1)
 
-  return Key(default, allowed, "a tuple of numbers above 0", doc)
+
+def _numbers(doc) -> Key:
+  return _tuple((), _positive(1.0, doc).allowed, "numbers above 0", doc)
 
 
 def estimator(value: Any) -> tuple[str, int]:
-  """(name in meta.ESTIMATORS, T parts of a train half) of `meta.estimator`.
+  """(name, T parts of a train half) of `meta.estimator`.
 
   T is 1 for all but "unroll:T". ("", 0) for what means nothing.
   """
@@ -123,7 +124,7 @@ _EVERY_MODEL = {
     (1, 2, 4), "bottleneck width of each scale, times its growth"
   ),
   "reduction": _number(
-    0, 1, "fraction of channels a transition keeps; 0: no transitions", 0.5
+    0.5, 0, "fraction of channels a transition keeps; 0: no transitions", 1
   ),
   "classifier_width": _integer(
     128, 0, "channels in the exit classifiers; 0: as wide as their input"
@@ -139,7 +140,9 @@ _EVERY_MODEL = {
     "of images, convolutions and activations; all else stays float32",
   ),
   "remat": _flag(
-    False, "compute each stage anew in derivatives: less memory, slower"
+    False,
+    "compute each stage anew in derivatives: less memory, slower; on a CPU no "
+    "less, as XLA merges it with the first time",
   ),
 }
 
@@ -167,12 +170,8 @@ MODEL_KEYS = {
     "scales": _factors(
       (1, 2, 3), "scale of each flow, coarsest first; 1 is the coarsest"
     ),
-    "compress": _number(
-      0,
-      1,
-      "share of a fused layer's growth from the flow before",
-      0.25,
-      open_low=True,
+    "compress": _positive(
+      0.25, "share of a fused layer's growth from the flow before", 1
     ),
     **_EVERY_MODEL,
     "growth_factors": _factors((4, 2, 1), "width of each flow"),
@@ -190,7 +189,9 @@ MODEL_KEYS = {
 _NAME = {"name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone")}
 
 KEYS = {
-  "seed": _integer(0, 0, "root of every random number of a run"),
+  "seed": _integer(
+    0, 0, "root of every random number of a run; 32 bits are told apart", LAST_SEED
+  ),
   "method": _choice(
     "l2w",
     ("l2w", "uniform", "fixed", "random", "easy_early", "equilibrium", "distill"),
@@ -203,7 +204,7 @@ KEYS = {
     1024, 2, "loader batch 2B in images over all devices; two updates"
   ),
   "label_smoothing": _number(
-    0, 0.999, "probability mass spread over classes in the training loss", 0.0
+    0.0, 0, "probability mass spread over classes in the training loss", 0.999
   ),
   "data": {
     "source": _text(
@@ -221,7 +222,8 @@ KEYS = {
       0,
       0,
       "draws what is held out, left out and mislabelled; does not "
-      "follow config.seed, so that runs share their images",
+      "follow config.seed, so that runs share their images; 32 bits as well",
+      LAST_SEED,
     ),
     "calibration": _integer(
       5000,
@@ -230,14 +232,13 @@ KEYS = {
       "0: none. Sources with a calibration split (digits) keep theirs",
     ),
     "imbalance": _number(
+      1.0,
       1,
-      math.inf,
       "first class over last class of a long-tailed train "
       "split (Cui et al., CVPR 2019); 1: as it is",
-      1.0,
     ),
     "label_noise": _number(
-      0, 0.999, "share of train labels changed to another class", 0.0
+      0.0, 0, "share of train labels changed to another class", 0.999
     ),
     "corrupt": _choice("fail", ("fail", "skip"), "what unreadable images lead to"),
     "image_size": _integer(
@@ -258,27 +259,17 @@ KEYS = {
       "`image_size`, and mirror",
     ),
     "pad": _integer(4, 0, "pixels of padding for the random shift"),
-    "mean": _numbers((), "of pixels, per channel; (): of the train images"),
-    "std": _numbers((), "of pixels, per channel; (): of the train images"),
+    "mean": _numbers("of pixels, per channel; (): of the train images"),
+    "std": _numbers("of pixels, per channel; (): of the train images"),
   },
   "optimizer": {
-    "learning_rate": _number(
-      0, math.inf, "α of SGD, cosine to 0 per step", 0.8, open_low=True
-    ),
-    "momentum": _number(0, 0.9999, "of SGD, no dampening", 0.9),
-    "weight_decay": _number(
-      0, math.inf, "of SGD, coupled, on every parameter", 1e-4
-    ),
+    "learning_rate": _positive(0.8, "α of SGD, cosine to 0 per step"),
+    "momentum": _number(0.9, 0, "of SGD, no dampening", 0.9999),
+    "weight_decay": _number(1e-4, 0, "of SGD, coupled, on every parameter"),
   },
   "meta": {
-    "epsilon": _number(0, 1, "ε, how far a weight may move from 1", 0.8),
-    "q": _number(
-      0,
-      math.inf,
-      "exit k gets p_k ∝ q^k; reference: target_p_index/20",
-      0.75,
-      open_low=True,
-    ),
+    "epsilon": _number(0.8, 0, "ε, how far a weight may move from 1", 1),
+    "q": _positive(0.75, "exit k gets p_k ∝ q^k; reference: target_p_index/20"),
     "center_over": _choice(
       "exits",
       ("exits", "batch", "all"),
@@ -305,23 +296,19 @@ KEYS = {
     ),
     "hidden": _integer(500, 1, "units in a hidden layer of the WPN"),
     "layers": _integer(1, 1, "hidden layers of the WPN"),
-    "learning_rate": _number(
-      0, math.inf, "β of Adam, cosine to 0 per step", 1e-4, open_low=True
-    ),
-    "weight_decay": _number(0, math.inf, "of Adam, L2 in the gradient", 1e-4),
+    "learning_rate": _positive(1e-4, "β of Adam, cosine to 0 per step"),
+    "weight_decay": _number(1e-4, 0, "of Adam, L2 in the gradient"),
   },
   "baseline": {
-    "exit_weights": _numbers((), "method fixed: the weight of each exit's loss"),
+    "exit_weights": _numbers("method fixed: the weight of each exit's loss"),
     "distill": _number(
+      0.5,
       0,
-      1,
       "method distill: share of the last exit's soft labels in the "
       "loss of an earlier exit",
-      0.5,
+      1,
     ),
-    "temperature": _number(
-      0, math.inf, "method distill: softens both", 3.0, open_low=True
-    ),
+    "temperature": _positive(3.0, "method distill: softens both"),
   },
   "evaluate": {
     "batch": _integer(512, 1, "images per evaluation step on a device"),
@@ -349,13 +336,10 @@ KEYS = {
       "steps between diagnoses of the meta-gradient and the weights "
       "(diagnostics.py), the first before step 1; 0: none",
     ),
-    "estimators": Key(
+    "estimators": _tuple(
       ("jvp", "finite_difference", "first_order", "unroll:2"),
-      lambda value: (
-        isinstance(value, (tuple, list))
-        and all(estimator(name)[0] for name in value)
-      ),
-      "a tuple of values of config.meta.estimator",
+      lambda name: bool(estimator(name)[0]),
+      "values of config.meta.estimator",
       "compared with the exact gradient",
     ),
     "half": _integer(64, 2, "images in a half, train and meta"),
@@ -366,9 +350,7 @@ KEYS = {
     "weights_every": _integer(
       10, 1, "epochs between pictures of weights against loss"
     ),
-    "seconds": _number(
-      0, math.inf, "between progress lines in a log", 10.0, open_low=True
-    ),
+    "seconds": _positive(10.0, "between progress lines in a log"),
   },
   "checkpoint": {
     "every": _integer(10, 1, "epochs between checkpoints"),
@@ -379,7 +361,8 @@ KEYS = {
     1,
     1,
     "parts of a half that a device computes in turn: less memory, 1.4 "
-    "times the operations; BatchNorm's statistics are then those of a part",
+    "times the operations; BatchNorm's statistics are then those of a part. For "
+    "accelerators: convolutions in a loop are 25 times slower on a CPU",
   ),
   "sync": _choice(
     "global",
@@ -410,18 +393,12 @@ def differences(
     config, other: validated configs.
     ignore: keys that may differ; one with keys of its own stands for all.
   """
-  flat, other_flat = (
-    {
-      key: value
-      for key, value in _flat(c)
-      if not {key, key.split(".")[0]} & set(ignore)
-    }
-    for c in (config, other)
-  )
+  flat, other_flat = dict(_flat(config)), dict(_flat(other))
   return [
     f"{key} is {flat.get(key)!r} here and {other_flat.get(key)!r} there"
     for key in sorted(flat.keys() | other_flat.keys())
     if flat.get(key) != other_flat.get(key)
+    and not {key, key.split(".")[0]} & set(ignore)
   ]
 
 
@@ -452,50 +429,85 @@ def _model_keys(model: Any) -> Mapping[str, Key]:
 def validate(config: ConfigDict) -> ConfigDict:
   """The config itself, if every key exists and holds an allowed value.
 
+  What only another method or a switched-off part would read may be anything that
+  is allowed by itself.
+
   Raises:
     ValueError: naming the first key that is missing, unknown or out of range.
   """
-  model = config.get("model")
-  # Without a name, any table serves to say that the name is missing.
-  name = model.get("name", "msdnet") if isinstance(model, ConfigDict) else "msdnet"
-  _validate(config, {**KEYS, "model": {**_NAME, **_model_keys(name)}}, "config")
-  if not config.data.calibration and config.evaluate.calibration == "held_out":
+  _check_values(config)
+  _check_estimator(config)
+  if config.diagnose.every:
+    _check_diagnose(config)
+  # Digits bring a calibration split of their own.
+  holds_out = config.data.calibration or config.data.source == "digits"
+  if not holds_out and config.evaluate.calibration == "held_out":
     raise ValueError(
       "config.data.calibration=0 holds nothing out to choose thresholds on; set "
       "config.evaluate.calibration=released to choose them on the train split"
     )
-  _validate_estimators(config)
-  if config.microbatches > 1 and estimator(config.meta.estimator)[0] == "unroll":
-    raise ValueError(
-      f"config.meta.estimator={config.meta.estimator!r} cuts a half by itself; "
-      f"set config.microbatches to 1 (it is {config.microbatches}), or take "
-      "another estimator"
-    )
   return config
 
 
-def _validate_estimators(config: ConfigDict) -> None:
-  asked = {"meta.estimator": (config.meta.estimator,)}
-  if config.diagnose.every:
-    if config.method != "l2w":
+def check_method(config: ConfigDict, num_exits: int) -> None:
+  """Raises ValueError unless a step can be made of the config for K exits.
+
+  It may have been changed since it was validated, and only who knows the backbone
+  knows K. Data, evaluation and diagnosis are not asked what suits them.
+  """
+  _check_values(config)
+  _check_estimator(config)
+  exit_weights = config.baseline.exit_weights
+  if config.method == "fixed" and len(exit_weights) != num_exits:
+    raise ValueError(
+      "method fixed needs config.baseline.exit_weights with one weight for "
+      f"each of the {num_exits} exits; got {tuple(exit_weights)}"
+    )
+
+
+def _check_values(config: ConfigDict) -> None:
+  """Raises ValueError unless every key exists and holds an allowed value."""
+  model = config.get("model")
+  # Without a name, any table serves to say that the name is missing.
+  name = model.get("name", "msdnet") if isinstance(model, ConfigDict) else "msdnet"
+  _validate(config, _all_keys(_model_keys(name)), "config")
+
+
+def _check_estimator(config: ConfigDict) -> None:
+  name = config.meta.estimator
+  if config.method != "l2w":
+    return
+  _check_first_order("meta.estimator", (name,), config)
+  if config.microbatches > 1 and estimator(name)[0] == "unroll":
+    raise ValueError(
+      f"config.meta.estimator={name!r} cuts a half by itself; set "
+      f"config.microbatches to 1 (it is {config.microbatches}), or take another "
+      "estimator"
+    )
+
+
+def _check_diagnose(config: ConfigDict) -> None:
+  if config.method != "l2w":
+    raise ValueError(
+      f"config.diagnose.every={config.diagnose.every} looks at meta-gradients, "
+      f"which method {config.method!r} does not have; set it to 0"
+    )
+  _check_first_order("diagnose.estimators", config.diagnose.estimators, config)
+  for name in config.diagnose.estimators:
+    if config.diagnose.half % estimator(name)[1]:
       raise ValueError(
-        f"config.diagnose.every={config.diagnose.every} looks at meta-gradients, "
-        f"which method {config.method!r} does not have; set it to 0"
+        f"config.diagnose.half={config.diagnose.half} does not split into the "
+        f"equal parts of {name!r}; use a multiple of {estimator(name)[1]}"
       )
-    asked["diagnose.estimators"] = tuple(config.diagnose.estimators)
-    for name in config.diagnose.estimators:
-      if config.diagnose.half % estimator(name)[1]:
-        raise ValueError(
-          f"config.diagnose.half={config.diagnose.half} does not split into the "
-          f"equal parts of {name!r}; use a multiple of {estimator(name)[1]}"
-        )
-  for key, names in asked.items():
-    if "first_order" in names and config.meta.center_over == "batch":
-      raise ValueError(
-        f"config.{key} has 'first_order', which treats the samples of an exit "
-        "alike, so weights centred over the batch cancel its gradient; set "
-        "config.meta.center_over to exits or all, or leave it out"
-      )
+
+
+def _check_first_order(key: str, names: Sequence[str], config: ConfigDict) -> None:
+  if "first_order" in names and config.meta.center_over == "batch":
+    raise ValueError(
+      f"config.{key} has 'first_order', which treats the samples of an exit "
+      "alike, so weights centred over the batch cancel its gradient; set "
+      "config.meta.center_over to exits or all, or leave it out"
+    )
 
 
 def check_key(key: str) -> None:
@@ -504,16 +516,25 @@ def check_key(key: str) -> None:
   Args:
     key: dotted, such as "model.num_exits".
   """
-  models = {name: k for keys in MODEL_KEYS.values() for name, k in keys.items()}
-  node, path = {**KEYS, "model": {**_NAME, **models}}, "config"
+  _holder(_all_keys(ChainMap(*MODEL_KEYS.values())), key)
+
+
+def _all_keys(model_keys: Mapping[str, Key]) -> Mapping:
+  return {**KEYS, "model": {**_NAME, **model_keys}}
+
+
+def _holder(node: Mapping | ConfigDict, key: str) -> Mapping | ConfigDict:
+  """What holds the last name of a dotted key; ValueError unless it is there."""
+  path = "config"
   for name in key.split("."):
-    if not isinstance(node, Mapping):
+    if not isinstance(node, Mapping | ConfigDict):
       raise ValueError(
         f"{path} is a value and has no keys, so {path}.{name} does not exist"
       )
     if name not in node:
-      raise ValueError(unknown_key(f"{path}.{name}", node))
-    node, path = node[name], f"{path}.{name}"
+      raise ValueError(_unknown_key(f"{path}.{name}", node))
+    holder, node, path = node, node[name], f"{path}.{name}"
+  return holder
 
 
 def _validate(values: Any, keys: Mapping, path: str) -> None:
@@ -521,7 +542,7 @@ def _validate(values: Any, keys: Mapping, path: str) -> None:
     raise ValueError(f"{path} must hold the keys {', '.join(keys)}, got {values!r}")
   for name in values:
     if name not in keys:
-      raise ValueError(unknown_key(f"{path}.{name}", keys))
+      raise ValueError(_unknown_key(f"{path}.{name}", keys))
   for name, key in keys.items():
     full = f"{path}.{name}"
     if name not in values:
@@ -545,7 +566,7 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
   return ConfigDict(tuples(values)).lock()
 
 
-def unknown_key(path: str, keys) -> str:
+def _unknown_key(path: str, keys) -> str:
   """One line that says a key does not exist and which ones do."""
   parent, _, name = path.rpartition(".")
   close = difflib.get_close_matches(name, keys, n=1)
@@ -582,26 +603,15 @@ def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDi
     ValueError: an unknown key, or a value out of range.
   """
   for key, value in overrides.items():
-    _override(config, key, value)
+    holder, name = _holder(config, key), key.split(".")[-1]
+    error = ValueError(
+      f"config.{key} must be of the type of {holder[name]!r}, got {value!r}"
+    )
+    # ConfigDict would make 1.0 of a True.
+    if isinstance(value, bool) and not isinstance(holder[name], bool):
+      raise error
+    try:
+      holder[name] = value
+    except TypeError as cause:
+      raise error from cause
   return validate(config)
-
-
-def _override(config: ConfigDict, key: str, value: Any) -> None:
-  *parents, name = key.split(".")
-  node, path = config, "config"
-  for parent in parents:
-    if parent not in node or not isinstance(node[parent], ConfigDict):
-      raise ValueError(unknown_key(f"{path}.{parent}", list(node)))
-    node, path = node[parent], f"{path}.{parent}"
-  if name not in node:
-    raise ValueError(unknown_key(f"{path}.{name}", list(node)))
-  error = ValueError(
-    f"{path}.{name} must be of the type of {node[name]!r}, got {value!r}"
-  )
-  # ConfigDict would make 1.0 of a True.
-  if isinstance(value, bool) and not isinstance(node[name], bool):
-    raise error
-  try:
-    node[name] = value
-  except TypeError as cause:
-    raise error from cause

@@ -28,39 +28,18 @@ from l2w_jax import config as config_lib
 from l2w_jax.models.backbone import Backbone, Variables
 from l2w_jax.run import command, directory
 
-_RENAMED = {
-  "convs": "m",
-  "flows": "scale_flows",
-  "first_layer": "FirstLayer",
-  "transition": "trans",
-}
-_LEAVES = {
-  "kernel": "weight",
-  "scale": "weight",
-  "bias": "bias",
-  "mean": "running_mean",
-  "var": "running_var",
-}
+# Ours -> released; what is not here keeps its name.
+_MODULES = dict(
+  convs="m", flows="scale_flows", first_layer="FirstLayer", transition="trans"
+)
+_LEAVES = dict(
+  kernel="weight", scale="weight", mean="running_mean", var="running_var"
+)
 # Where a part comes in a released state_dict; numbers count up.
 _ORDER = (
-  "blocks",
-  "scale_flows",
-  "classifier",
-  "FirstLayer",
-  "layers",
-  "conv_last",
-  "trans",
-  "m",
-  "linear",
-  "conv_down",
-  "conv_up",
-  "conv_normal",
-  "net",
-  "weight",
-  "bias",
-  "running_mean",
-  "running_var",
-)
+  "blocks scale_flows classifier FirstLayer layers conv_last trans m linear"
+  " conv_down conv_up conv_normal net weight bias running_mean running_var"
+).split()
 _COUNTER = "num_batches_tracked"  # BatchNorm's; only momentum=None reads it
 
 Path = tuple[str, ...]
@@ -93,13 +72,13 @@ def _torch_name(path: Path, modules: set[Path], biased: set[Path]) -> str:
       if last == "spatial" and (*owner, "reduce", "conv") in modules:
         index += 3
     sequence.append(str(index))
-  return ".".join([*map(_rename, owner), *sequence, _LEAVES[leaf]])
+  return ".".join([*map(_rename, owner), *sequence, _LEAVES.get(leaf, leaf)])
 
 
 def _rename(module: str) -> str:
   """Ours -> released, such as layers_0_conv_down -> layers.0.conv_down."""
   name, *rest = re.split(r"_(?=\d)|(?<=\d)_", module)
-  return ".".join([_RENAMED.get(name, name), *rest])
+  return ".".join([_MODULES.get(name, name), *rest])
 
 
 def _position(name: str) -> list[int]:
@@ -110,11 +89,16 @@ def _position(name: str) -> list[int]:
 
 def _to_torch(array: np.ndarray) -> np.ndarray:
   """HWIO -> OIHW, [in out] -> [out in]."""
-  return array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim))
+  return np.ascontiguousarray(
+    array.transpose((3, 2, 0, 1) if array.ndim == 4 else None)
+  )
 
 
-def _from_torch(array: np.ndarray) -> np.ndarray:
-  return array.transpose({4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim))
+def _from_torch(array: Any) -> jax.Array:
+  """The way back, in float32 or wider: half precision is only for storage."""
+  array = np.asarray(array)
+  array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
+  return jnp.asarray(array.astype(np.promote_types(array.dtype, np.float32)))
 
 
 def import_released(state_dict: Mapping[str, Any], backbone: Backbone) -> Variables:
@@ -146,15 +130,8 @@ def import_released(state_dict: Mapping[str, Any], backbone: Backbone) -> Variab
   }
   _check(weights, shapes)
   return traverse_util.unflatten_dict(
-    {path: _array(weights[name]) for path, name in names.items()}
+    {path: _from_torch(weights[name]) for path, name in names.items()}
   )
-
-
-def _array(weight: Any) -> jax.Array:
-  weight = np.asarray(weight)
-  # Half precision is only for storage.
-  wide = np.promote_types(weight.dtype, np.float32)
-  return jnp.asarray(_from_torch(weight).astype(wide))
 
 
 def export_released(variables: Variables, backbone: Backbone) -> StateDict:
@@ -174,7 +151,7 @@ def export_released(variables: Variables, backbone: Backbone) -> StateDict:
       )
   state_dict = {}
   for path, name in torch_names(template).items():
-    state_dict[name] = np.ascontiguousarray(_to_torch(np.asarray(leaves[path])))
+    state_dict[name] = _to_torch(np.asarray(leaves[path]))
     if path[-1] == "var":
       owner = name.rpartition(".")[0]
       state_dict[f"{owner}.{_COUNTER}"] = np.zeros((), np.int64)
@@ -200,8 +177,8 @@ def import_released_wpn(state_dict: Mapping[str, Any]) -> PyTree:
   _check(weights, shapes)
   return {
     ours: {
-      "kernel": _array(weights[f"{layer}.weight"]),
-      "bias": _array(weights[f"{layer}.bias"]),
+      "kernel": _from_torch(weights[f"{layer}.weight"]),
+      "bias": _from_torch(weights[f"{layer}.bias"]),
     }
     for ours, layer in names.items()
   }
@@ -209,13 +186,13 @@ def import_released_wpn(state_dict: Mapping[str, Any]) -> PyTree:
 
 def export_released_wpn(wpn_params: PyTree) -> StateDict:
   """The released MLP_tanh's state_dict, as NumPy arrays."""
-  state_dict = {}
-  for ours, layer in _wpn_names(len(wpn_params) - 1).items():
-    state_dict[f"{layer}.weight"] = np.ascontiguousarray(
-      _to_torch(np.asarray(wpn_params[ours]["kernel"]))
+  return {
+    f"{layer}.{_LEAVES.get(leaf, leaf)}": _to_torch(
+      np.asarray(wpn_params[ours][leaf])
     )
-    state_dict[f"{layer}.bias"] = np.asarray(wpn_params[ours]["bias"])
-  return state_dict
+    for ours, layer in _wpn_names(len(wpn_params) - 1).items()
+    for leaf in ("kernel", "bias")
+  }
 
 
 def _wpn_names(hidden: int) -> dict[str, str]:
@@ -285,16 +262,12 @@ def load_torch(path: pathlib.Path) -> Mapping[str, Any]:
     ValueError: PyTorch is not installed, or the file cannot be read safely.
   """
   torch = _torch()
-  scalar = np.float64(0).__reduce__()[0]
-  harmless = [
-    (scalar, "numpy.core.multiarray.scalar"),
-    scalar,
-    np.dtype,
-    *(
-      type(np.dtype(name))
-      for name in ("float32", "float64", "int32", "int64", "bool")
-    ),
-  ]  # best accuracies
+  scalar = np.float64(0).__reduce__()[0]  # best accuracies
+  harmless = [(scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype]
+  harmless += [
+    type(np.dtype(name))
+    for name in ("float32", "float64", "int32", "int64", "bool")
+  ]
   try:
     with torch.serialization.safe_globals(harmless):
       content = torch.load(path, map_location="cpu", weights_only=True)

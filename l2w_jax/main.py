@@ -62,6 +62,8 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
     made_with = directory.read_config(workdir)
     if config is None:
       config = made_with
+      if config.sync == "local":
+        config.num_devices = 0  # those that trained it need not be here
     else:
       directory.check_same_run(workdir, config)
   config = config_lib.from_dict(parallel.from_writer(config and config.to_dict()))

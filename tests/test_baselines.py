@@ -18,7 +18,7 @@ from test_train_step import (
 from toy import LinearExits
 
 import l2w_jax
-from l2w_jax.method import losses, weighting
+from l2w_jax.method import baselines, losses, weighting
 from l2w_jax.models import equilibrium
 from l2w_jax.models.layers import Mode
 from l2w_jax.training import loop as train
@@ -31,11 +31,11 @@ FACTORS = np.array([1 / 3, 1 / 2, 1])
 def test_easy_early_weights_by_hand():
   # Mean losses 2, 1, 3: ease 0, 1, -1; earliness 1, 0, -1 over three exits.
   values = jnp.array([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0], [5.0, 2.0, 2.0]])
-  output = weighting.easy_early_output(values)
+  output = baselines.easy_early_output(values)
   np.testing.assert_array_equal(output, [[0, 0, 0], [1, 0, -1], [-1, 0, 1]])
   weights = weighting.sample_weights(output, 0.5, "exits")
   np.testing.assert_array_equal(weights[1], [1.5, 1, 0.5])
-  gradient = jax.grad(lambda x: weighting.easy_early_output(x).sum())(values)
+  gradient = jax.grad(lambda x: baselines.easy_early_output(x).sum())(values)
   np.testing.assert_array_equal(gradient, 0)
 
 
@@ -64,7 +64,9 @@ def test_self_distillation_is_the_oracle():
   expected, gradient = distilled(logits, labels)
 
   def loss(x):
-    return losses.self_distillation(x, jnp.asarray(labels), 0.0, SHARE, TEMPERATURE)
+    return baselines.self_distillation(
+      x, jnp.asarray(labels), 0.0, SHARE, TEMPERATURE
+    )
 
   with jax.enable_x64(True):
     np.testing.assert_allclose(loss(jnp.asarray(logits)), expected, rtol=1e-10)

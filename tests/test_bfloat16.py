@@ -34,15 +34,16 @@ def test_convolutions_are_bfloat16_and_sums_over_batch_and_image_float32(name):
 
   variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
   forward = str(jax.make_jaxpr(loss)(variables["params"], images))
-  assert re.search(r":bf16\S* = conv2d\[", forward)
-  assert not re.search(r":f32\S* = conv2d\[", forward)
+  assert re.search(r":bf16\S* = conv_general_dilated\[", forward)
+  assert not re.search(r":f32\S* = conv_general_dilated\[", forward)
   if "msdnet" in name:  # RANet's images are resized by products as well
     products = re.findall(r":(\S+?)\[\S* = dot_general\[", forward)
     # The 1×1 convolutions, and the classifiers.
     assert products.count("f32") == backbone.num_exits < len(products)
   derivative = str(jax.make_jaxpr(jax.grad(loss))(variables["params"], images))
   assert not re.search(r":bf16\S* = reduce_sum\[", forward)
-  assert re.search(r":bf16\S* = conv2d_kernel_gradient\[", derivative)
+  assert re.search(r":bf16\S* = conv_general_dilated\[", derivative)
+  assert not re.search(r":f32\S* = conv_general_dilated\[", derivative)
 
 
 def test_a_float32_network_has_no_bfloat16():

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import l2w_jax
-from l2w_jax.run import directory, files
+from l2w_jax import main
+from l2w_jax.results import evaluate
+from l2w_jax.run import compile_cache, directory, files
 from l2w_jax.training import checkpoint
 
 INFO = {"seconds": {"train": 1.5}, "complete": False}
@@ -207,6 +209,50 @@ def test_config_json_is_the_config(tmp_path, tiny_config):
   moved.data.pad = 2
   with pytest.raises(ValueError, match="config.data.pad is 2 here and 1 there"):
     directory.check_same_run(tmp_path, moved)
+
+
+@pytest.mark.parametrize("asked", [0, 2])
+def test_a_local_run_goes_on_with_the_devices_that_trained_it(
+  tmp_path, tiny_config, asked
+):
+  tiny_config.sync, tiny_config.num_devices = "local", asked
+  directory.write_config(tmp_path, tiny_config, num_devices=2)
+  assert directory.read_config(tmp_path).num_devices == 2
+  for num_devices in (2, None):  # None: to evaluate it, on whatever there is
+    directory.check_same_run(tmp_path, tiny_config, num_devices)
+  tiny_config.num_devices = 0
+  for num_devices in (1, 8):
+    with pytest.raises(ValueError, match="trained on 2 device.*=2 to res") as error:
+      directory.check_same_run(tmp_path, tiny_config, num_devices)
+    assert "\n" not in str(error.value)
+
+
+def test_a_local_run_is_evaluated_on_what_there_is(
+  tmp_path, tiny_config, monkeypatch
+):
+  tiny_config.sync = "local"
+  directory.write_config(tmp_path, tiny_config, num_devices=512)
+  asked = []
+  monkeypatch.setattr(compile_cache, "enable", lambda: None)
+  monkeypatch.setattr(
+    evaluate,
+    "evaluate",
+    lambda unused, config: asked.append(config) or {"anytime": []},
+  )
+  main.run("evaluate", tmp_path, None)
+  assert [config.num_devices for config in asked] == [0]
+
+
+def test_a_global_run_goes_on_with_any_devices(tmp_path, tiny_config):
+  directory.write_config(tmp_path, tiny_config, num_devices=2)
+  assert directory.read_config(tmp_path) == tiny_config
+  directory.check_same_run(tmp_path, tiny_config, num_devices=8)
+
+
+def test_weights_that_no_device_trained_go_on_with_any(tmp_path, tiny_config):
+  tiny_config.sync = "local"
+  directory.write_config(tmp_path, tiny_config)
+  directory.check_same_run(tmp_path, tiny_config, num_devices=8)
 
 
 def test_broken_config_json_is_one_clear_error(tmp_path, tiny_config):

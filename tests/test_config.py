@@ -2,12 +2,13 @@
 
 import pathlib
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 import l2w_jax
 from l2w_jax import config as config_lib
-from l2w_jax.method import meta
+from l2w_jax.method import estimators
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs/digits.py")
@@ -79,9 +80,11 @@ def test_imagenet_is_streamed_as_published():
 
 
 def test_without_calibration_thresholds_must_be_the_released_ones():
+  nothing = {"data__source": "npz:some.npz", "data__calibration": 0}
   with pytest.raises(ValueError, match="calibration=0 holds nothing out.*released"):
-    load(data__calibration=0)
-  load(data__calibration=0, evaluate__calibration="released")
+    load(**nothing)
+  load(**nothing, evaluate__calibration="released")
+  load(data__source="digits", data__calibration=0)  # bring a split of their own
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ def test_without_calibration_thresholds_must_be_the_released_ones():
 def test_an_estimator_has_a_name_and_parts(value, name, parts):
   load(meta__estimator=value)
   assert config_lib.estimator(value) == (name, parts)
-  assert name in meta.ESTIMATORS
+  assert name in {"grad", "unroll", *estimators.SLOPES}
 
 
 @pytest.mark.parametrize(
@@ -111,8 +114,77 @@ def test_other_estimators_are_refused(value):
 
 
 def test_first_order_needs_weights_that_do_not_cancel_it():
-  with pytest.raises(ValueError, match="first_order.*exits or all"):
+  with pytest.raises(
+    ValueError, match="meta.estimator has 'first_order'.*exits or"
+  ):
     load(meta__estimator="first_order", meta__center_over="batch")
+  diagnosed = {"meta__center_over": "batch", "diagnose__every": 10}
+  with pytest.raises(ValueError, match="diagnose.estimators has 'first_order'"):
+    load(**diagnosed)
+  load(**diagnosed, diagnose__estimators=("jvp",))
+
+
+UNREAD = [
+  {"method": "uniform", "meta.estimator": "unroll:3", "microbatches": 2},
+  {
+    "method": "random",
+    "meta.estimator": "first_order",
+    "meta.center_over": "batch",
+  },
+  {"method": "distill", "baseline.exit_weights": (1.0, 2.0)},
+  {"meta.center_over": "batch", "diagnose.half": 63},
+]
+
+
+@pytest.mark.parametrize("overrides", UNREAD)
+def test_what_is_not_read_is_not_refused(overrides):
+  config_lib.check_method(config_lib.load_config(DIGITS, overrides), num_exits=4)
+
+
+@pytest.mark.parametrize(
+  "key, value, says",
+  [
+    ("method", "focal", "config.method must be one of 'l2w'.*got 'focal'"),
+    ("meta.center_over", "row", "config.meta.center_over must be one of.*'row'"),
+    ("meta.inputs", "losses", "config.meta.inputs must be one of.*'losses'"),
+    ("meta.objective", "all", "config.meta.objective must be one of.*'all'"),
+    ("meta.estimator", "exact", "config.meta.estimator must be one of.*'exact'"),
+    ("sync", "none", "config.sync must be one of.*'none'"),
+    ("microbatches", 0, "config.microbatches must be a whole number at least 1"),
+    ("meta.interval", 0, "config.meta.interval must be a whole number at least 1"),
+  ],
+)
+def test_a_step_is_not_made_of_what_was_changed_after_validation(key, value, says):
+  config = load()
+  config_lib.check_method(config, num_exits=4)
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=says):
+    config_lib.check_method(config, num_exits=4)
+
+
+def test_a_step_needs_what_its_estimator_needs():
+  config = load()
+  config.meta.update(estimator="first_order", center_over="batch")
+  with pytest.raises(ValueError, match="'first_order'.*exits or all"):
+    config_lib.check_method(config, num_exits=4)
+
+
+@pytest.mark.parametrize("exit_weights", [(), (1.0,), (1.0, 2.0, 3.0, 4.0, 5.0)])
+def test_fixed_weights_are_one_for_each_exit(exit_weights):
+  config = load(method="fixed", baseline__exit_weights=exit_weights)
+  with pytest.raises(ValueError, match="each of the 4 exits; got ") as error:
+    config_lib.check_method(config, num_exits=4)
+  assert str(exit_weights) in str(error.value)
+  config.baseline.exit_weights = (1.0, 2.0, 3.0, 4.0)
+  config_lib.check_method(config, num_exits=4)
+
+
+def test_a_step_does_not_ask_about_data_or_diagnosis():
+  config = load(method="uniform", data__source="npz:some.npz")
+  config.data.calibration, config.diagnose.every = 0, 10
+  config_lib.check_method(config, num_exits=4)
+  with pytest.raises(ValueError, match="diagnose.every=10 looks at meta-gradients"):
+    config_lib.validate(config)
 
 
 @pytest.mark.parametrize("model", config_lib.MODEL_KEYS)
@@ -188,6 +260,8 @@ def test_ints_for_floats_and_lists_for_tuples_are_accepted(key, value):
     ("model.bottleneck", 1, "of the type of True, got 1"),
     ("batch", 1, "at least 2"),
     ("seed", -1, "at least 0"),
+    ("seed", 2**32, "at most 4294967295, got 4294967296"),
+    ("data.seed", 2**32, "at most 4294967295, got 4294967296"),
     ("label_smoothing", 1, "at most 0.999"),
     ("optimizer.learning_rate", 0, "above 0"),
     ("optimizer.momentum", 1, "at most 0.9999"),
@@ -268,6 +342,12 @@ def test_validate_does_not_trust_where_a_config_comes_from():
   values = load().to_dict() | {"model": None}
   with pytest.raises(ValueError, match="config.model must hold the keys"):
     config_lib.validate(ConfigDict(values))
+
+
+def test_every_seed_is_another_run():
+  seeds = (0, 1, 2**31 - 1, 2**31, load(seed=2**32 - 1).seed)
+  keys = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in seeds]
+  assert len(set(map(tuple, keys))) == len(seeds)
 
 
 def test_a_missing_file_and_an_unknown_argument(tmp_path):

@@ -51,11 +51,20 @@ def counting_data(num_train):
 
 
 def make_batch_fn(batch, seed=0, augment="none"):
+  """(data, step) -> both halves of the loader batch, one after the other."""
   config = config_lib.defaults()
   config.batch = batch
   config.data.augment = augment
   config.data.pad = 1
-  return jax.jit(resident.make_batch_fn(config, jax.random.key(seed)))
+  halves_fn = jax.jit(resident.make_halves_fn(config))
+  key = jax.random.key_data(jax.random.key(seed))
+
+  def batch_fn(data, step):
+    halves = halves_fn(data, key, step)
+    assert [len(half["label"]) for half in halves] == [batch // 2] * 2
+    return jax.tree.map(lambda *x: np.concatenate(x), *halves)
+
+  return batch_fn
 
 
 @pytest.mark.parametrize("num_train, batch", [(50, 12), (48, 12), (12, 12)])
@@ -87,16 +96,12 @@ def test_a_batch_depends_on_the_key_and_the_step_alone():
 
 
 def test_augmentation_differs_between_epochs_and_images(digits):
-  config = config_lib.defaults()
-  config.data.augment = "shift"
-  config.data.pad = 1
-  config.batch = 4
   # Four copies of one image: an epoch is a step, and only the shifts differ.
   data = resident.arrays(digits) | {
     "image": digits.train.images[[0] * 4],
     "label": digits.train.labels[:4],
   }
-  batch_fn = jax.jit(resident.make_batch_fn(config, jax.random.key(0)))
+  batch_fn = make_batch_fn(4, augment="shift")
   images = np.concatenate([batch_fn(data, t)["image"] for t in range(8)])
   distinct = {image.tobytes() for image in images}
   assert 5 <= len(distinct) <= 9  # nine shifts by up to one pixel

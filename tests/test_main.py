@@ -129,7 +129,7 @@ def contents(workdir):
 def test_running_again_says_so_and_returns_at_once(
   workdir, tiny_config, capsys, monkeypatch
 ):
-  monkeypatch.setattr(train, "make_block_fn", None)
+  monkeypatch.setattr(train, "Step", None)
   monkeypatch.setattr(scores, "compile_scorer", None)
   before = contents(workdir)
   main.run("all", workdir, tiny_config)

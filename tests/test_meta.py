@@ -1,11 +1,13 @@
 """Eqs. 7, 8 and 9 against closed forms on models small enough for paper."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2w_jax.method import meta, weighting
+from l2w_jax.method import estimators, meta, weighting
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +47,11 @@ def test_two_parameters_by_hand():
   def meta_loss_fn(pseudo):
     return 0.5 * jnp.square(pseudo[0, 0] - 1), pseudo
 
+  def look_ahead(phi):
+    return meta.pseudo_update(pull, phi[None, None], sgd_step)
+
   (meta_loss, pseudo), gradient = meta.wpn_gradient(
-    jnp.ones(()),
-    meta.LookAhead(
-      theta, losses_fn, pull, lambda phi: phi[None, None], sgd_step, meta_loss_fn
-    ),
+    jnp.ones(()), look_ahead, meta_loss_fn
   )
   np.testing.assert_allclose(pseudo, [[2.57]], rtol=1e-14)
   np.testing.assert_allclose(meta_loss, 0.5 * 1.57**2, rtol=1e-14)
@@ -98,12 +100,19 @@ def ours(p, phi, estimator="grad"):
     losses = least_squares(p["meta_x"], p["meta_y"])(pseudo)
     return (share * losses).sum(), None
 
-  (meta_loss, _), gradient = meta.ESTIMATORS[estimator](
-    phi,
-    meta.LookAhead(
-      p["theta"], losses_fn, pull, weights_fn, jax.jit(sgd_step), meta_loss_fn
-    ),
-  )
+  if estimator == "grad":
+    (meta_loss, _), gradient = meta.wpn_gradient(
+      phi,
+      lambda phi: meta.pseudo_update(pull, weights_fn(phi), jax.jit(sgd_step)),
+      meta_loss_fn,
+    )
+  else:
+    slopes_fn = functools.partial(
+      estimators.SLOPES[estimator], losses_fn, p["theta"]
+    )
+    (meta_loss, _), gradient = estimators.wpn_gradient(
+      phi, pull, weights_fn, jax.jit(sgd_step), meta_loss_fn, slopes_fn
+    )
   return meta_loss, gradient
 
 
@@ -174,20 +183,11 @@ def test_one_slope_for_all_samples_and_exits_is_no_gradient(center_over):
 
 
 def test_a_meta_loss_without_slope_has_a_finite_difference():
-  theta = jnp.ones((1, 1))
   losses_fn = least_squares(jnp.ones((1, 1)), jnp.zeros(1))
-  _, gradient = meta.wpn_gradient_finite_difference(
-    jnp.ones(()),
-    meta.LookAhead(
-      theta,
-      losses_fn,
-      jax.vjp(losses_fn, theta)[1],
-      lambda phi: phi[None, None],
-      lambda g: theta - g,
-      lambda pseudo: (0.0 * pseudo[0, 0], None),
-    ),
+  slopes = estimators.finite_difference(
+    losses_fn, jnp.ones((1, 1)), jnp.zeros((1, 1))
   )
-  assert gradient == 0
+  np.testing.assert_array_equal(slopes, [[0]])
 
 
 def test_wpn_gradient_is_the_finite_difference():
@@ -233,3 +233,61 @@ def test_pull_form_is_the_textbook_form():
   np.testing.assert_allclose(
     gradient, jax.grad(objective)(jnp.asarray(p["phi"])), rtol=1e-12
   )
+
+
+def test_two_unrolled_steps_by_hand():
+  """Momentum goes from step to step, and Φ also moves the losses of the second.
+
+  ℓ(θ) = θ²/2 in both parts, and w(φ, ℓ) = φ ℓ, attached. With α = 0.1 and
+  momentum 0.5 on a buffer of 2, at θ = 2:
+
+    θ_1 = 2 - 0.1 b_1,      b_1 = 0.5·2 + φ·2·2 = 1 + 4 φ
+    θ_2 = θ_1 - 0.1 b_2,    b_2 = 0.5 b_1 + φ θ_1³/2
+
+  At φ = 1, b_1 = 5, θ_1 = 1.5, b_2 = 2.5 + 1.6875 = 4.1875, θ_2 = 1.08125. By φ,
+  b_1' = 4, θ_1' = -0.4, b_2' = 2 + 1.6875 + 1.5·1.5²·(-0.4) = 2.3375 and
+  θ_2' = -0.4 - 0.23375 = -0.63375, which is the gradient of L_meta = θ_2.
+  """
+  start, parts = (jnp.array(2.0), jnp.array(2.0)), [0.0, 0.0]
+
+  def inner_step(phi, before, part):
+    theta, buffer = before
+    loss = 0.5 * jnp.square(theta - part)
+    buffer = 0.5 * buffer + phi * loss * (theta - part)
+    return theta - 0.1 * buffer, buffer
+
+  def look_ahead(phi):
+    return meta.unrolled_update(functools.partial(inner_step, phi), start, parts)
+
+  (meta_loss, _), gradient = meta.wpn_gradient(
+    jnp.ones(()), look_ahead, lambda theta: (theta, None)
+  )
+  np.testing.assert_allclose(meta_loss, 1.08125, rtol=1e-14)
+  np.testing.assert_allclose(gradient, -0.63375, rtol=1e-14)
+
+
+def test_one_unrolled_step_is_the_pseudo_update():
+  p = problem()
+  phi, exits = jnp.asarray(p["phi"]), len(p["theta"])
+
+  def inner_step(phi, before, part):
+    theta, buffer = before
+    losses, pull = jax.vjp(least_squares(*part), theta)
+    weights = weighting.sample_weights(jnp.tanh(losses @ phi), EPSILON, "exits")
+    buffer = MOMENTUM * buffer + meta.backbone_gradient(pull, weights)
+    return theta - ALPHA * (buffer + DECAY * theta), buffer
+
+  def look_ahead(phi):
+    return meta.unrolled_update(
+      functools.partial(inner_step, phi),
+      (jnp.asarray(p["theta"]), jnp.asarray(p["buffer"])),
+      [(jnp.asarray(p["x"]), jnp.asarray(p["y"]))],
+    )
+
+  def meta_loss_fn(pseudo):
+    losses = least_squares(p["meta_x"], p["meta_y"])(pseudo)
+    own = [losses[p["exit_of_sample"] == k, k] for k in range(exits)]
+    return sum(x.mean() for x in own if len(x)), None
+
+  _, gradient = meta.wpn_gradient(phi, look_ahead, meta_loss_fn)
+  np.testing.assert_allclose(gradient, ours(p, phi)[1], rtol=1e-12)

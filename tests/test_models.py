@@ -8,8 +8,8 @@ from flax import traverse_util
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
-from l2w_jax.models import layers
-from l2w_jax.models.conv import conv2d
+from l2w_jax.models import initializers, layers
+from l2w_jax.models.layers import conv2d
 
 SMALL = {
   "msdnet": ("msdnet", dict(num_exits=3)),
@@ -195,7 +195,14 @@ def test_batch_norm_needs_two_values():
 
 @pytest.mark.parametrize(
   "height, width, kernel, stride",
-  [(8, 8, 3, 1), (7, 9, 3, 2), (8, 8, 3, 2), (15, 14, 7, 2), (1, 1, 3, 2)],
+  [
+    (8, 8, 3, 1),
+    (7, 9, 3, 2),
+    (8, 8, 3, 2),
+    (15, 14, 7, 2),
+    (1, 1, 3, 2),
+    (4, 3, 3, 2),
+  ],
 )
 def test_convolution_and_all_its_derivatives(height, width, kernel, stride):
   """Against XLA's own convolution: gradient, its gradient, and a jvp of it."""
@@ -296,3 +303,17 @@ def test_unknown_model_and_too_few_classes():
   config.name = "resnet"
   with pytest.raises(ValueError, match="choose one of msdnet, ranet"):
     l2w.build_backbone(config, 10, (32, 32, 3))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_convolution_has_the_bias_it_is_asked_for(kernel):
+  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+  conv = layers.Conv(5, kernel, use_bias=True)
+  params = initializers.draw(
+    jax.random.key(1), jax.eval_shape(conv.init, jax.random.key(1), x)
+  )["params"]
+  plain = layers.Conv(5, kernel).apply({"params": {"kernel": params["kernel"]}}, x)
+  np.testing.assert_allclose(
+    conv.apply({"params": params}, x), plain + params["bias"], rtol=1e-6
+  )
+  assert np.abs(params["bias"]).min() > 0

@@ -14,7 +14,7 @@ from conftest import ROOT
 import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax import models
-from l2w_jax.method import weighting
+from l2w_jax.method import baselines
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.training import step as train_step
 
@@ -86,7 +86,7 @@ def test_the_backbone_needs_no_table_to_be_trained(plain):
 
 def test_the_weighting_rule_is_what_it_says():
   source, _ = section("A weighting rule")
-  scope = dict(vars(weighting))
+  scope = dict(vars(baselines))
   exec(source, scope)
   # p = 1, ½, ½ and ¼: (1 - p)² is 0, ¼, ¼ and 9/16.
   losses = -jnp.log(jnp.array([[1.0, 0.5], [0.5, 0.25]]))

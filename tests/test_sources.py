@@ -143,9 +143,12 @@ def test_everything_can_be_trained_on(tmp_path):
   dataset = sources.load(data_config(save(tmp_path / "x.npz"), calibration=0))
   assert len(dataset.train.labels) == 60
   assert dataset.calibration.images.shape == (0, 4, 5, 3)
-  digits = sources.load(data_config("digits", calibration=0))
-  assert len(digits.train.labels) == 1077 + 360
-  assert not len(digits.calibration.labels)
+
+
+def test_digits_keep_their_calibration_split():
+  for count in (0, 100, 5000):
+    digits = sources.load(data_config("digits", calibration=count))
+    assert (len(digits.train.labels), len(digits.calibration.labels)) == (1077, 360)
 
 
 def test_synthetic_images_are_of_the_shape_asked_for():

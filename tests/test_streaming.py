@@ -56,10 +56,14 @@ def make_feed(config, num_devices=1, host=None, num_hosts=1):
 
 def batches_of(config, steps):
   feed = make_feed(config)
-  batch_fn = jax.jit(feed.make_batch_fn(config, jax.random.key(3)))
-  found = [jax.device_get(batch_fn(feed.data(step), step)) for step in steps]
+  found = [whole(feed, step) for step in steps]
   feed.close()
   return found
+
+
+def whole(feed, step):
+  """Both halves of a step, one after the other."""
+  return jax.tree.map(lambda *x: np.concatenate(x), *feed.halves(step))
 
 
 def same(ours, theirs):
@@ -83,15 +87,15 @@ def test_both_feeds_give_the_same_batches(augment):
 
 def test_random_crops_are_those_of_the_step_and_differ_between_epochs():
   config = make_config(**{"data.augment": "crop_flip", "data.image_size": 6})
-  whole = batches_of(config, range(3 * STEPS))
-  assert whole[0]["image"].shape == (BATCH, 6, 6, 1)
+  run = batches_of(config, range(3 * STEPS))
+  assert run[0]["image"].shape == (BATCH, 6, 6, 1)
   # Started in the middle, and asked twice for the same step.
-  same(batches_of(config, [5, 5, 6, 11]), [whole[i] for i in (5, 5, 6, 11)])
+  same(batches_of(config, [5, 5, 6, 11]), [run[i] for i in (5, 5, 6, 11)])
   # One image for all, so that only crops differ.
   dataset = make_dataset(config)
   one = dataset._replace(train=dataset.train.keep(np.zeros(BATCH, int)))
   feed = feeds.make_feed(one, config, jax.random.key(3), 1)
-  crops = [np.asarray(feed.data(step)["image"]) for step in range(2)]
+  crops = [whole(feed, step)["image"] for step in range(2)]
   feed.close()
   distinct = {image.tobytes() for image in np.concatenate(crops)}
   assert len(distinct) > BATCH  # of 128, where small crops can agree
@@ -99,20 +103,13 @@ def test_random_crops_are_those_of_the_step_and_differ_between_epochs():
 
 def test_hosts_read_disjoint_rows_that_cover_the_batch():
   config = make_config(**{"data.augment": "none"})
-  whole = make_feed(config)
+  run = make_feed(config)
   parts = [make_feed(config, 1, host, 2) for host in range(2)]
   for step in (0, STEPS + 1):
-    image, label = (
-      np.asarray(whole.data(step)[name]) for name in ("image", "label")
-    )
-    halves = [np.split(np.asarray(feed.data(step)["image"]), 2) for feed in parts]
-    for half, rows in enumerate(np.split(image, 2)):
-      np.testing.assert_array_equal(
-        np.concatenate([halves[host][half] for host in range(2)]), rows
-      )
-    labels = np.concatenate([np.asarray(f.data(step)["label"]) for f in parts])
-    assert sorted(labels) == sorted(label)
-  for feed in (whole, *parts):
+    hosts = [feed.halves(step) for feed in parts]
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *hosts)
+    same(joined, run.halves(step))
+  for feed in (run, *parts):
     feed.close()
 
 
@@ -136,7 +133,7 @@ def test_rows_of_hosts_are_those_of_their_devices(hosts, devices):
 def test_a_closed_feed_leaves_no_thread_behind():
   before = set(threading.enumerate())
   feed = make_feed(make_config())
-  feed.data(0)
+  feed.halves(0)
   assert set(threading.enumerate()) - before
   feed.close()
   left = [t for t in set(threading.enumerate()) - before if t.is_alive()]
@@ -153,7 +150,7 @@ def test_an_image_that_broke_later_stops_the_run_by_its_name(monkeypatch):
 
   monkeypatch.setattr(sources.LazyImages, "middle", broken)
   with pytest.raises(OSError, match="7.png"):
-    feed.data(0)
+    feed.halves(0)
   feed.close()
 
 
@@ -179,7 +176,7 @@ def test_a_streamed_run_is_the_resident_one(finished, tiny_config, tmp_path):
   assert len(ours) == len(theirs)
   for a, b in zip(ours, theirs, strict=True):
     for name in a.keys() & {"train_loss", "meta_loss", "accuracy", "count"}:
-      # Equal to the last bit, although one runs a step a call, the other eight.
+      # Equal to the last bit.
       assert a[name] == b[name], (a, b)
   results = evaluate.evaluate(tmp_path / "run", tiny_config)
   expected = json.loads((finished.workdir / "results.json").read_text())
@@ -208,21 +205,11 @@ def first_losses(num_devices):
   state = parallel.replicate(
     init_state(jax.random.key(0), backbone, config), num_devices
   )
-  count, key = parallel.replicate(
-    (np.int32(1), jax.random.key_data(jax.random.key(3))), num_devices
-  )
-  # Compiled ahead, as the loop does it, for arrays that are placed already.
-  run = (
-    train.make_block_fn(backbone, config, STEPS, num_devices, feed.make_batch_fn)
-    .lower(state, feed.data(0), count, key)
-    .compile()
-  )
-  losses = []
+  run, losses = train.Step(backbone, config, STEPS, num_devices), []
+  run.compile(state, feed.halves(0))
   for step in range(2):
-    state, block = run(state, feed.data(step), count, key)
-    losses += np.asarray(parallel.first(block, num_devices).scalars["meta_loss"])[
-      0
-    ].tolist()
+    state, metrics = run(state, feed.halves(step), step)
+    losses += [float(x["meta_loss"]) for x in parallel.first(metrics, num_devices)]
   feed.close()
   return losses
 

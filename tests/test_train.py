@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import l2w_jax
-from l2w_jax.data import resident, sources
+from l2w_jax.data import feeds, sources
+from l2w_jax.run import parallel
 from l2w_jax.training import checkpoint, metrics_log
 from l2w_jax.training import loop as train
+from l2w_jax.training.state import split_seed
 
 # What may differ between two runs of the same steps.
 CLOCK = "images_per_second"
@@ -54,7 +56,6 @@ def resumed(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(metrics_log.MetricsLog, "write", dying_write)
-    patch.setattr(train, "BLOCK_SECONDS", 0)  # one step under each dispatch
     with pytest.raises(Killed):
       train.train(workdir, config)
   path = workdir / "metrics.jsonl"
@@ -146,14 +147,6 @@ def test_the_log_drops_what_is_written_again_and_a_cut_line(tmp_path):
     assert [json.loads(x)["step"] for x in lines.splitlines()] == kept
 
 
-def test_mean_of_known_leaves_out_what_is_unknown():
-  nan = np.nan
-  np.testing.assert_array_equal(
-    train._mean_of_known(np.array([[1.0, 3.0], [nan, 3.0], [nan, nan]])),
-    [2, 3, nan],
-  )
-
-
 def test_uniform_trains_and_logs_without_a_wpn(tmp_path, tiny_config):
   tiny_config.method = "uniform"
   tiny_config.epochs = 1
@@ -190,24 +183,43 @@ def test_weights_against_loss_are_binned(finished):
   assert all(0.2 < mean < 1.8 for mean in means[known])
 
 
-def test_runs_of_other_seeds_are_the_same_program(tiny_config):
+@pytest.mark.parametrize("method", ["l2w", "random"])
+def test_runs_of_other_seeds_are_the_same_program(method, tiny_config, monkeypatch):
   """So that the compilation of one serves all, from the cache on disk."""
+  tiny_config.method = method
+  lowered = []
+  map_devices = parallel.map_devices
 
-  def program(seed):
-    tiny_config.seed = seed
+  def recording(function, *arguments):
+    mapped = map_devices(function, *arguments)
+
+    def lower(*arguments):
+      lowered.append(mapped.lower(*arguments))
+      return lowered[-1]
+
+    def call(*arguments):
+      lower(*arguments)
+      return mapped(*arguments)
+
+    call.lower = lower
+    return call
+
+  monkeypatch.setattr(parallel, "map_devices", recording)
+  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: None)
+
+  def programs(seed):
+    lowered.clear()
+    tiny_config.seed, keys = seed, split_seed(seed)
     dataset = sources.load(tiny_config.data)
     backbone = l2w_jax.build_backbone(tiny_config.model, 10, (8, 8, 1))
-    init_key, data_key = jax.random.split(jax.random.key(seed))
-    state = l2w_jax.init_state(init_key, backbone, tiny_config)
-    return (
-      train.make_block_fn(backbone, tiny_config, 8, 1)
-      .lower(
-        state, resident.arrays(dataset), np.int32(1), jax.random.key_data(data_key)
-      )
-      .as_text()
-    )
+    state = l2w_jax.init_state(keys.init, backbone, tiny_config)
+    feed = feeds.make_feed(dataset, tiny_config, keys.data, 1)
+    step = train.Step(backbone, tiny_config, 8, 1)
+    step.compile(state, feed.halves(1))
+    return [x.as_text() for x in lowered]
 
-  first = program(0)
-  assert first == program(1)
+  first = programs(0)
+  assert len(first) == 2  # the feed's and the half step
+  assert first == programs(1)
   tiny_config.epochs += 1  # changes the learning rate
-  assert first != program(0)
+  assert first != programs(0)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
+
+from l2w_jax.data.order import Batch
 
 Images = UInt8[Array, "B H W channels"]
 
@@ -64,3 +67,21 @@ def apply(config: ConfigDict, images: Images, draws: dict[str, Array]) -> Images
   if "mirrored" in draws:
     images = flip(images, draws["mirrored"])
   return images
+
+
+def ready(
+  config: ConfigDict, data: Batch, rows: ArrayLike | slice, draws: dict[str, Array]
+) -> Batch:
+  """{"image", "label"} of some rows, augmented and normalised.
+
+  Args:
+    config: the data config.
+    data: pixels "image", "label", and the channels' "mean" and "std".
+    rows: which of the images.
+    draws: for them, from `draw`.
+  """
+  images = apply(config, data["image"][rows], draws)
+  return {
+    "image": normalize(images, data["mean"], data["std"]),
+    "label": data["label"][rows],
+  }

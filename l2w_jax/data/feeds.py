@@ -1,9 +1,7 @@
 """The feed that a loop and an evaluation read from, whichever suits the images.
 
-A feed has `data(step)`, the argument of the compiled block of steps that begins
-there; `whole`, whether that serves any step or this one alone; `make_batch_fn`,
-which says how the compiled step makes the batch {"image", "label"} of it; and
-`close()`.
+A feed has `halves(step)`, the two halves of the loader batch of a step, each
+{"image", "label"} on the devices and ready for the network; and `close()`.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ def make_feed(
       num_devices,
       parallel.own_rows_of_halves(config.batch, num_devices),
     )
-  return ResidentFeed(dataset, num_devices)
+  return ResidentFeed(dataset, config, key, num_devices)
 
 
 def batches(images: np.ndarray | LazyImages, batch: int) -> Iterator[np.ndarray]:

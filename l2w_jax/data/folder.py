@@ -16,12 +16,9 @@ class FolderRecords:
 
   def __init__(self, path: pathlib.Path, class_names: tuple[str, ...]):
     self.title = str(path)
-    files, labels = [], []
-    for label, name in enumerate(class_names):
-      own = _images(path / name)
-      files += own
-      labels += [label] * len(own)
-    self.files, self._labels = files, np.array(labels, np.int32)
+    images = [_images(path / name) for name in class_names]
+    self.files = [file for own in images for file in own]
+    self._labels = np.repeat(np.arange(len(images)), [len(own) for own in images])
 
   def __len__(self) -> int:
     """Number of files."""

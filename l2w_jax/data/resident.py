@@ -1,4 +1,4 @@
-"""Feed for sets that fit on the devices: batches are made inside the step.
+"""Feed for sets that fit on the devices: batches are made there.
 
 The pixels stay on the devices as uint8; what a batch holds is said in `order`.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 from ml_collections import ConfigDict
 
 from l2w_jax.data import augment, order
@@ -21,7 +21,7 @@ from l2w_jax.run.parallel import ONE_DEVICE, Collectives
 
 
 def arrays(dataset: Dataset) -> Batch:
-  """What `make_batch_fn` reads: pixels, labels and channel statistics."""
+  """What `make_halves_fn` reads: pixels, labels and channel statistics."""
   return {
     "image": dataset.train.images,
     "label": dataset.train.labels,
@@ -30,47 +30,53 @@ def arrays(dataset: Dataset) -> Batch:
   }
 
 
-def make_batch_fn(
-  config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE
-) -> Callable[[Batch, Int[Array, ""]], Batch]:
-  """(arrays, step) -> this device's share of the batch of that step.
+def make_halves_fn(
+  config: ConfigDict, devices: Collectives = ONE_DEVICE
+) -> Callable[[Batch, UInt32[Array, "2"], Int[Array, ""]], tuple[Batch, Batch]]:
+  """(arrays, key data, step) -> this device's share of both halves of a batch.
 
   Draws are for the whole batch and then cut, so they do not depend on the
   number of devices.
   """
-  order_key, augment_key = order.keys(key)
   batch = config.batch
 
-  def batch_fn(data: Batch, step: Int[Array, ""]) -> Batch:
+  def halves_fn(data, key, step):
+    order_key, augment_key = order.keys(jax.random.wrap_key_data(key))
     num_train = data["label"].shape[0]
     epoch, t = jnp.divmod(step, order.steps_per_epoch(num_train, batch))
     chosen = jax.lax.dynamic_slice_in_dim(
       order.epoch_order(order_key, epoch, num_train), t * batch, batch
     )
     draws = augment.draw(config.data, jax.random.fold_in(augment_key, step), batch)
-    chosen, draws = jax.tree.map(devices.own_halves, (chosen, draws))
-    images = augment.apply(config.data, data["image"][chosen], draws)
-    return {
-      "image": augment.normalize(images, data["mean"], data["std"]),
-      "label": data["label"][chosen],
-    }
+    first, second = devices.own_halves((chosen, draws))
+    return (
+      augment.ready(config.data, data, *first),
+      augment.ready(config.data, data, *second),
+    )
 
-  return batch_fn
+  return halves_fn
 
 
 class ResidentFeed:
   """The train split on the devices; see `feeds.make_feed`."""
 
-  whole = True  # data serves any step
-  make_batch_fn = staticmethod(make_batch_fn)
+  def __init__(
+    self, dataset: Dataset, config: ConfigDict, key: Array, num_devices: int
+  ):
+    self._num_devices = num_devices
+    self._arguments = parallel.replicate(
+      (arrays(dataset), np.asarray(jax.random.key_data(key))), num_devices
+    )
+    devices = parallel.collectives(num_devices, config.sync)
+    self._halves = parallel.map_devices(
+      make_halves_fn(config, devices), num_devices
+    )
 
-  def __init__(self, dataset: Dataset, num_devices: int):
-    self._data = parallel.replicate(arrays(dataset), num_devices)
-
-  def data(self, step: int) -> Batch:
-    """The whole split, for every block of steps."""
-    del step
-    return self._data
+  def halves(self, step: int) -> tuple[Batch, Batch]:
+    """The two halves of the batch of a step, on the devices."""
+    return self._halves(
+      *self._arguments, parallel.replicate(np.int32(step), self._num_devices)
+    )
 
   def close(self) -> None:
     """Nothing runs in the background."""

@@ -52,12 +52,8 @@ class LazyImages:
 
   def __getitem__(self, rows) -> np.ndarray:
     """`middle` of the images of an index array or a slice."""
-    rows = np.arange(len(self))[rows].tolist()
-    return (
-      np.stack([self.middle(i) for i in rows])
-      if rows
-      else np.zeros((0, *self.shape[1:]), np.uint8)
-    )
+    images = [self.middle(i) for i in np.arange(len(self))[rows].tolist()]
+    return np.array(images, np.uint8).reshape(-1, *self.shape[1:])
 
   def middle(self, i: int) -> np.ndarray:
     """uint8 [H W channels]: image i as evaluation sees it."""
@@ -80,11 +76,8 @@ class Split(NamedTuple):
 
   def keep(self, rows: np.ndarray) -> Split:
     """The samples of an index or bool array."""
-    images = (
-      self.images.keep(rows)
-      if isinstance(self.images, LazyImages)
-      else self.images[rows]
-    )
+    lazy = isinstance(self.images, LazyImages)
+    images = self.images.keep(rows) if lazy else self.images[rows]
     return Split(images, self.labels[rows])
 
 
@@ -133,20 +126,15 @@ def load(config: ConfigDict) -> Dataset:
     ValueError: no such source, or files that do not hold what they should.
   """
   kind, _, where = config.source.partition(":")
-  known = {
-    "digits": _digits,
-    "npz": _npz,
-    "tfds": _tfds,
-    "folder": _folder,
-    "synthetic": _synthetic,
-  }
-  if kind not in known or (kind != "digits" and not where):
+  openers = {name.partition(":")[0]: opener for name, opener in SOURCES.items()}
+  nameless = kind in SOURCES
+  if kind not in openers or nameless == bool(where):
     raise ValueError(
       f"unknown data source {config.source!r} in config.data.source; choose "
-      f"one of {', '.join(SOURCES.values())}"
+      f"one of {', '.join(SOURCES)}"
     )
   _check_crops(config)
-  source = known[kind](where, config)
+  source = openers[kind](where, config)
   streams = _streams(source.train, config)
   if streams and importlib.util.find_spec("grain") is None:
     raise ValueError(
@@ -154,13 +142,11 @@ def load(config: ConfigDict) -> Dataset:
       'Grain: pip install "l2w_jax[streaming]"'
     )
   num_classes = len(source.class_names)
-  opened = {
-    name: _open(getattr(source, name), config, streams)
-    for name in ("train", "test")
-  }
-  for name, split in opened.items():
-    _check_labels(split.labels, num_classes, f"{name} split of {config.source}")
-  train, test = opened.values()
+  train, test = (
+    _open(split, config, streams) for split in (source.train, source.test)
+  )
+  _check_labels(train.labels, num_classes, f"train split of {config.source}")
+  _check_labels(test.labels, num_classes, f"test split of {config.source}")
   if train.images.shape[1:] != test.images.shape[1:]:
     raise ValueError(
       f"train images of {config.source} are {train.images.shape[1:]} and test "
@@ -174,7 +160,14 @@ def load(config: ConfigDict) -> Dataset:
     train, calibration = train.keep(~held_out), train.keep(held_out)
   else:
     calibration = _open(source.calibration, config, streams)
-  train = _changed(train, num_classes, config)
+  if config.imbalance > 1:
+    train = train.keep(
+      splits.long_tail(train.labels, num_classes, config.imbalance, config.seed)
+    )
+  labels = splits.noisy_labels(
+    train.labels, num_classes, config.label_noise, config.seed
+  )
+  train = train._replace(labels=labels)
   return Dataset(
     train, calibration, test, source.class_names, *_statistics(train.images, config)
   )
@@ -252,9 +245,8 @@ def _shape_of_one(records: stored.Records) -> tuple[int, ...]:
   """Shape of the first image that can be read, of a few."""
   for i in range(min(len(records), 100)):
     try:
-      return pixels.to_array(
-        pixels.decode(records.read(i)[0], records.channels)
-      ).shape
+      image = pixels.decode(records.read(i)[0], records.channels)
+      return pixels.to_array(image).shape
     except Exception:  # it will be named when all images are read
       continue
   return (0, 0, records.channels)
@@ -267,21 +259,6 @@ def _check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
       f"the {where} has a label {wrong[0]} ({len(wrong)} are out of range); "
       f"labels count from 0 to {num_classes - 1} here"
     )
-
-
-def _changed(train: Split, num_classes: int, config: ConfigDict) -> Split:
-  """The train split made long-tailed, and some of its labels wrong."""
-  if config.imbalance > 1:
-    train = train.keep(
-      splits.long_tail(train.labels, num_classes, config.imbalance, config.seed)
-    )
-  if config.label_noise > 0:
-    train = train._replace(
-      labels=splits.noisy_labels(
-        train.labels, num_classes, config.label_noise, config.seed
-      )
-    )
-  return train
 
 
 def _statistics(
@@ -316,30 +293,21 @@ def _statistics(
     )
   else:
     counts = counts_of(images[:: rows.step])
-  values = np.arange(256)
-  mean = np.array([np.average(values, weights=n) for n in counts])
-  var = np.array(
-    [
-      np.average((values - m) ** 2, weights=n)
-      for m, n in zip(mean, counts, strict=True)
-    ]
-  )
+  values = np.tile(np.arange(256), (channels, 1))
+  mean = np.average(values, axis=1, weights=counts)
+  var = np.average((values - mean[:, None]) ** 2, axis=1, weights=counts)
   return mean, np.sqrt(var)
 
 
 def _digits(where: str, config: ConfigDict) -> Source:
   """1,797 handwritten digits of 8×8 pixels, embedded; DIGITS.md credits them."""
-  if where:
-    raise ValueError(f"config.data.source={config.source}: digits takes no name")
+  del where, config
   with np.load(pathlib.Path(__file__).with_name("digits.npz")) as arrays:
     train, calibration, test = (
       Split(arrays[f"{name}_images"], arrays[f"{name}_labels"])
       for name in ("train", "calibration", "test")
     )
     class_names = tuple(map(str, arrays["class_names"]))
-  if config.calibration == 0:
-    train = Split(*map(np.concatenate, zip(train, calibration, strict=True)))
-    calibration = calibration.keep(np.arange(0))
   return Source(train, test, class_names, calibration)
 
 
@@ -408,17 +376,6 @@ def _checked(path, name, images, labels) -> Split:
   return Split(images, labels).keep(np.lexsort((labels, digests)))
 
 
-def _tfds(where: str, config: ConfigDict) -> Source:
-  """A set that TensorFlow Datasets has prepared."""
-  return Source(*tfds_files.open_tfds(where, config.data_dir))
-
-
-def _folder(where: str, config: ConfigDict) -> Source:
-  """PATH/train/CLASS/*.jpg or *.png, and PATH/test or PATH/val."""
-  del config
-  return Source(*folder.open_folder(where))
-
-
 def _synthetic(where: str, config: ConfigDict) -> Source:
   """Noise for benchmarks: up to 20,000 images and 1 GiB, 100 classes in turn."""
   match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", where)
@@ -431,12 +388,9 @@ def _synthetic(where: str, config: ConfigDict) -> Source:
   rng = np.random.default_rng(config.seed)
 
   def split(count):
-    return Split(
-      np.frombuffer(rng.bytes(count * math.prod(shape)), np.uint8).reshape(
-        count, *shape
-      ),
-      np.arange(count, dtype=np.int32) % SYNTHETIC_CLASSES,
-    )
+    images = np.frombuffer(rng.bytes(count * math.prod(shape)), np.uint8)
+    labels = np.arange(count, dtype=np.int32) % SYNTHETIC_CLASSES
+    return Split(images.reshape(count, *shape), labels)
 
   count = max(
     2 * SYNTHETIC_CLASSES, min(SYNTHETIC_IMAGES, LIMIT // math.prod(shape))
@@ -448,11 +402,13 @@ def _synthetic(where: str, config: ConfigDict) -> Source:
   )
 
 
-# Kind of source -> how config.data.source names it.
+# What config.data.source may be -> opens it, given what is behind the colon.
 SOURCES = {
-  "digits": "digits",
-  "npz": "npz:PATH",
-  "tfds": "tfds:NAME",
-  "folder": "folder:PATH",
-  "synthetic": "synthetic:HEIGHTxWIDTHxCHANNELS",
+  "digits": _digits,
+  "npz:PATH": _npz,
+  "tfds:NAME": lambda name, config: Source(
+    *tfds_files.open_tfds(name, config.data_dir)
+  ),
+  "folder:PATH": lambda path, config: Source(*folder.open_folder(path)),
+  "synthetic:HEIGHTxWIDTHxCHANNELS": _synthetic,
 }

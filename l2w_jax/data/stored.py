@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from l2w_jax.data import pixels
-from l2w_jax.run import compile_cache
+from l2w_jax.run import compile_cache, files
 from l2w_jax.run.progress import Progress
 
 CHUNK = 64  # images that a thread takes at a time
@@ -107,9 +107,8 @@ def read_all(records: Records, size: int, corrupt: str) -> tuple[Index, np.ndarr
   Raises:
     ValueError: unreadable images, or images of different sizes.
   """
-  index, images = _read_through(
-    records, corrupt, lambda image: pixels.middle(image, size)
-  )
+  found, images = _examine(records, lambda image: pixels.middle(image, size))
+  index = _judge(records, found, corrupt)
   if size == 0:
     check_one_size(records, index)
   return index, np.stack(images)
@@ -121,9 +120,8 @@ def read_index(records: Records, corrupt: str) -> Index:
   Raises:
     ValueError: unreadable images.
   """
-  found = cached("index", records, lambda: _scan(records))
-  _judge(records, found["bad"], found["reasons"], corrupt)
-  return Index(*(found[name] for name in Index._fields))
+  found = cached("index", records, lambda: _examine(records, lambda image: None)[0])
+  return _judge(records, found, corrupt)
 
 
 def check_one_size(records: Records, index: Index) -> None:
@@ -131,25 +129,14 @@ def check_one_size(records: Records, index: Index) -> None:
   other = np.flatnonzero((index.shapes != index.shapes[0]).any(axis=1))
   if len(other):
     one, another = (
-      "{1}×{0} pixels".format(*index.shapes[i])
-      + " in "
-      + records.where(int(index.rows[i]))
+      f"{index.shapes[i][1]}×{index.shapes[i][0]} pixels in "
+      f"{records.where(int(index.rows[i]))}"
       for i in (0, other[0])
     )
     raise ValueError(
       f"images of {records.title} differ in size: {one}, {another}; set "
       "config.data.image_size to bring them to one"
     )
-
-
-def _read_through(records, corrupt, view):
-  found, images = _examine(records, view)
-  _judge(records, found["bad"], found["reasons"], corrupt)
-  return Index(*(found[name] for name in Index._fields)), images
-
-
-def _scan(records: Records) -> dict[str, np.ndarray]:
-  return _examine(records, lambda image: None)[0]
 
 
 def _examine(records: Records, view) -> tuple[dict[str, np.ndarray], list]:
@@ -186,14 +173,15 @@ def _examine(records: Records, view) -> tuple[dict[str, np.ndarray], list]:
   }, list(images)
 
 
-def _judge(records: Records, bad, reasons, corrupt: str) -> None:
+def _judge(records: Records, found: dict, corrupt: str) -> Index:
   """Names and counts unreadable images; raises unless they are to be skipped."""
-  bad = bad.tolist()
+  index = Index(*(found[name] for name in Index._fields))
+  bad = found["bad"].tolist()
   if not bad:
-    return
+    return index
   named = "; ".join(
     f"{records.where(i)} ({reason})"
-    for i, reason in zip(bad[:3], reasons[:3], strict=True)
+    for i, reason in zip(bad[:3], found["reasons"][:3], strict=True)
   )
   more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
   says = (
@@ -206,6 +194,7 @@ def _judge(records: Records, bad, reasons, corrupt: str) -> None:
       "config.data.corrupt=skip to go on without them"
     )
   logging.warning("%s; going on without them", says)
+  return index
 
 
 def cached(
@@ -233,9 +222,7 @@ def cached(
   arrays = compute()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)
+    files.write_arrays(path, **arrays)
   except OSError as error:
     logging.warning(
       "what was found in %s is not remembered: %s", records.title, error

@@ -10,13 +10,14 @@ came before. Several hosts read disjoint rows of each batch, together all of it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 from ml_collections import ConfigDict
 
 from l2w_jax.data import augment, order, stored
@@ -28,24 +29,24 @@ from l2w_jax.run.parallel import ONE_DEVICE, Collectives
 AHEAD = 2  # batches that wait on the devices
 
 
-def make_batch_fn(
-  config: ConfigDict, key: Array, devices: Collectives = ONE_DEVICE
-) -> Callable[[Batch, Int[Array, ""]], Batch]:
-  """(data, step) -> the batch of that step; `data` holds this device's images."""
-  _, augment_key = order.keys(key)
+def make_halves_fn(
+  config: ConfigDict, devices: Collectives = ONE_DEVICE
+) -> Callable[[Batch, UInt32[Array, "2"], Int[Array, ""]], tuple[Batch, Batch]]:
+  """(data, key data, step) -> both halves; `data` holds this device's images."""
 
-  def batch_fn(data: Batch, step: Int[Array, ""]) -> Batch:
+  def halves_fn(data, key, step):
+    _, augment_key = order.keys(jax.random.wrap_key_data(key))
     draws = augment.draw(
       config.data, jax.random.fold_in(augment_key, step), config.batch
     )
-    draws = jax.tree.map(devices.own_halves, draws)
-    images = augment.apply(config.data, data["image"], draws)
-    return {
-      "image": augment.normalize(images, data["mean"], data["std"]),
-      "label": data["label"],
-    }
+    middle = data["label"].shape[0] // 2
+    first, second = devices.own_halves(draws)
+    return (
+      augment.ready(config.data, data, slice(middle), first),
+      augment.ready(config.data, data, slice(middle, None), second),
+    )
 
-  return batch_fn
+  return halves_fn
 
 
 class StreamingFeed:
@@ -59,9 +60,6 @@ class StreamingFeed:
     rows: of a loader batch that this process reads.
   """
 
-  whole = False  # data serves one step
-  make_batch_fn = staticmethod(make_batch_fn)
-
   def __init__(
     self,
     dataset: Dataset,
@@ -72,45 +70,46 @@ class StreamingFeed:
   ):
     self._num_devices, self._rows = num_devices, rows
     self._samples = _samples(dataset, config, key, self._rows)
-    self._replicated = parallel.replicate(
-      {
-        "mean": np.asarray(dataset.mean, np.float32),
-        "std": np.asarray(dataset.std, np.float32),
-      },
-      num_devices,
+    statistics = {
+      "mean": np.asarray(dataset.mean, np.float32),
+      "std": np.asarray(dataset.std, np.float32),
+    }
+    self._statistics, self._key = parallel.replicate(
+      (statistics, np.asarray(jax.random.key_data(key))), num_devices
     )
-    self._batches, self._step, self._batch = None, None, None
+    devices = parallel.collectives(num_devices, config.sync)
+    self._halves = parallel.map_devices(
+      make_halves_fn(config, devices), num_devices
+    )
+    self._batches, self._next = None, None
 
-  def data(self, step: int) -> Batch:
-    """Images and labels of a step, on the devices.
+  def halves(self, step: int) -> tuple[Batch, Batch]:
+    """The two halves of the batch of a step, on the devices.
 
-    Asking for the next step is quick, for the same one free; any other step
-    starts reading there.
+    Asking for the steps in order is quick; any other step starts reading there.
     """
-    if step == self._step:
-      return self._batch
-    if self._batches is None or step != self._step + 1:
+    if self._batches is None or step != self._next:
       self.close()
       self._batches = self._start(step)
-    self._batch, self._step = None, step  # lets go of the last one first
-    self._batch = next(self._batches) | self._replicated
-    return self._batch
+    self._next = step + 1
+    return self._halves(
+      next(self._batches) | self._statistics,
+      self._key,
+      parallel.replicate(np.int32(step), self._num_devices),
+    )
 
   def close(self) -> None:
     """Stops reading."""
     if self._batches is not None:
       self._batches.close()
-    self._batches, self._step, self._batch = None, None, None
+    self._batches, self._next = None, None
 
   def _start(self, step: int) -> Iterator[Batch]:
     from grain import experimental
 
     batches = pipeline(self._samples[step * len(self._rows) :], len(self._rows))
     batches = batches.map(
-      lambda batch: {
-        name: parallel.put_rows(x, self._num_devices)
-        for name, x in zip(("image", "label"), batch, strict=True)
-      }
+      lambda batch: parallel.split_rows(batch, self._num_devices)
     )
     return iter(
       experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
@@ -118,20 +117,17 @@ class StreamingFeed:
 
 
 def pipeline(samples, batch: int):
-  """Grain dataset of tuples of arrays [≤ batch …] from one of tuples [ … ].
+  """Grain dataset of batches [≤ batch …] of a dataset of arrays, or trees of them.
 
   Samples are made by as many threads as there are cores, in order.
   """
   import grain
 
   threads = stored.num_threads()
+  ahead = max(4 * threads, batch)
   return samples.to_iter_dataset(
-    grain.ReadOptions(
-      num_threads=threads, prefetch_buffer_size=max(4 * threads, batch)
-    )
-  ).batch(
-    batch, batch_fn=lambda rows: tuple(map(np.stack, zip(*rows, strict=True)))
-  )
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+  ).batch(batch)
 
 
 def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
@@ -139,19 +135,12 @@ def batches(images: LazyImages, batch: int) -> Iterator[np.ndarray]:
   import grain
   from grain import experimental
 
-  samples = grain.MapDataset.range(len(images)).map(
-    lambda i: (images.middle(int(i)),)
+  samples = grain.MapDataset.range(len(images)).map(lambda i: images.middle(int(i)))
+  found = experimental.ThreadPrefetchIterDataset(
+    pipeline(samples, batch), prefetch_buffer_size=1
   )
-  found = iter(
-    experimental.ThreadPrefetchIterDataset(
-      pipeline(samples, batch), prefetch_buffer_size=1
-    )
-  )
-  try:
-    for (rows,) in found:
-      yield rows
-  finally:
-    found.close()
+  with contextlib.closing(iter(found)) as found:
+    yield from found
 
 
 def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray):
@@ -162,26 +151,27 @@ def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray)
   num_train = len(train.labels)
   steps = order.steps_per_epoch(num_train, config.batch)
   crops = config.data.augment == "crop_flip"
-  crop_seed = [int(x) for x in jax.random.key_data(augment_key)]
-  crop_seed = crop_seed[0] << 32 | crop_seed[1]
+  high, low = map(int, jax.random.key_data(augment_key))
+  crop_seed = high << 32 | low
   lock = threading.Lock()
 
   @functools.lru_cache(maxsize=2)
   def epoch_order(epoch: int) -> np.ndarray:
     return np.asarray(order.epoch_order(order_key, epoch, num_train))
 
-  def sample(position: int) -> tuple[np.ndarray, np.int32]:
+  def sample(position: int) -> dict[str, np.ndarray | np.int32]:
     step, row = divmod(int(position), len(rows))
     row = int(rows[row])  # in the batch of all hosts
     epoch, t = divmod(step, steps)
     with lock:  # a hundred threads would all shuffle a new epoch
       i = int(epoch_order(epoch)[t * config.batch + row])
-    if not crops:
-      return train.images.middle(i), train.labels[i]
-    # One stream of numbers for each image of the run, whoever reads it.
-    rng = np.random.Generator(
-      np.random.Philox(key=crop_seed, counter=[0, 0, 0, step * config.batch + row])
-    )
-    return train.images.random_crop(i, rng), train.labels[i]
+    if crops:
+      # One stream of numbers for each image of the run, whoever reads it.
+      place = [0, 0, 0, step * config.batch + row]
+      rng = np.random.Generator(np.random.Philox(key=crop_seed, counter=place))
+      image = train.images.random_crop(i, rng)
+    else:
+      image = train.images.middle(i)
+    return {"image": image, "label": train.labels[i]}
 
   return grain.MapDataset.range(config.epochs * steps * len(rows)).map(sample)

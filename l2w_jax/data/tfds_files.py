@@ -151,11 +151,9 @@ def _allow_open_files(count: int) -> None:
   except ImportError:  # Windows has no such limit
     return
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  wanted = soft + count
   if soft != resource.RLIM_INFINITY and count > soft // 4:
-    if hard != resource.RLIM_INFINITY:
-      wanted = min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    most = soft + count if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, most), hard))
 
 
 def open_tfds(

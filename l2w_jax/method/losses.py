@@ -27,7 +27,7 @@ def cross_entropy(
   Returns:
     Losses in the dtype of the logits (at least float32).
   """
-  log_p = jax.nn.log_softmax(_at_least_float32(logits), axis=-1)
+  log_p = jax.nn.log_softmax(at_least_float32(logits), axis=-1)
   picked = jnp.take_along_axis(log_p, labels[:, None, None], axis=-1)[..., 0]
   if label_smoothing == 0:
     return -picked
@@ -35,38 +35,11 @@ def cross_entropy(
   return -(1 - label_smoothing) * picked - label_smoothing * spread
 
 
-def self_distillation(
-  logits: Float[Array, "B K C"],
-  labels: Int[Array, " B"],
-  label_smoothing: float,
-  share: float,
-  temperature: float,
-) -> Float[Array, "B K"]:
-  """Earlier exits also learn from the soft labels of the last one.
-
-  With p_k = softmax(logits_k / T), and p_K detached, exit k < K has
-
-      (1 - share) · cross-entropy + share · T² · KL(p_K ‖ p_k)
-
-  and the last exit its cross-entropy. T² keeps both terms alike in scale
-  (Hinton et al., 2015); the last exit as teacher is Phuong and Lampert's (ICCV
-  2019).
-
-  Returns:
-    losses in nats.
-  """
-  losses = cross_entropy(logits, labels, label_smoothing)
-  log_p = jax.nn.log_softmax(_at_least_float32(logits) / temperature, axis=-1)
-  teacher = jax.lax.stop_gradient(log_p[:, -1:])
-  divergence = (jnp.exp(teacher) * (teacher - log_p)).sum(axis=-1)
-  mixed = (1 - share) * losses + share * temperature**2 * divergence
-  return jnp.concatenate([mixed[:, :-1], losses[:, -1:]], axis=1)
-
-
 def confidence(logits: Float[Array, "B K C"]) -> Float[Array, "B K"]:
   """Largest softmax probability of each sample at each exit, in (0, 1]."""
-  return jax.nn.softmax(_at_least_float32(logits), axis=-1).max(axis=-1)
+  return jax.nn.softmax(at_least_float32(logits), axis=-1).max(axis=-1)
 
 
-def _at_least_float32(logits: Array) -> Array:
+def at_least_float32(logits: Array) -> Array:
+  """Logits in float32, or in their dtype if that is wider."""
   return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

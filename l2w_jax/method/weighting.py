@@ -6,14 +6,12 @@ tanh output u[i,k] moves the weight of the loss ℓ[i,k] inside a ball of radius
     w = 1 + ε · (u - mean u)                 Han et al. (ECCV 2022), section 3.2
 
 so the weights average to 1 over the axis that is centred. They may be negative;
-nothing is clipped. Weights that are not learned, to compare with, are below.
-Shapes: B = samples on this device, K = exits, N = samples of a half over all
-devices.
+nothing is clipped. Shapes: B = samples on this device, K = exits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -74,38 +72,3 @@ def sample_weights(
   else:
     mean = average(output.mean(keepdims=True))
   return 1 + epsilon * (output - mean)
-
-
-def check_exit_weights(exit_weights: Sequence[float], num_exits: int) -> None:
-  """Raises ValueError unless there is one weight for each exit."""
-  if len(exit_weights) != num_exits:
-    raise ValueError(
-      "method fixed needs config.baseline.exit_weights with one weight for "
-      f"each of the {num_exits} exits; got {tuple(exit_weights)}"
-    )
-
-
-def fixed(
-  losses: Float[Array, "B K"], exit_weights: Sequence[float]
-) -> Float[Array, "B K"]:
-  """The same weight for every sample, exit_weights[k] at exit k."""
-  return jnp.broadcast_to(jnp.asarray(exit_weights, losses.dtype), losses.shape)
-
-
-def random_output(key: Array, losses: Float[Array, "N K"]) -> Float[Array, "N K"]:
-  """In the place of the WPN output: uniform in (-1, 1), blind to the sample."""
-  return jax.random.uniform(key, losses.shape, losses.dtype, -1, 1)
-
-
-def easy_early_output(losses: Float[Array, "N K"]) -> Float[Array, "N K"]:
-  """In the place of the WPN output: easy samples early, hard ones late.
-
-  Samples are ranked by their mean loss over exits. The output is ease · earliness,
-  where ease falls evenly from 1 to -1 from the easiest sample to the hardest,
-  and earliness from the first exit to the last. Detached, like `features`.
-  """
-  losses = jax.lax.stop_gradient(losses)
-  num_samples, num_exits = losses.shape
-  rank = jnp.argsort(jnp.argsort(losses.mean(axis=1)))
-  ease = jnp.linspace(1, -1, num_samples, dtype=losses.dtype)[rank]
-  return ease[:, None] * jnp.linspace(1, -1, num_exits, dtype=losses.dtype)

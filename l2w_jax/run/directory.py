@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from l2w_jax import config as config_lib
 from l2w_jax.run import files
 
-# Keys that may change when a run is resumed; all others shape its result.
+# Keys that may change when a run is resumed; all others shape its result (and the
+# devices of sync="local", see `check_same_run`).
 FREE_KEYS = (
   "evaluate",
   "log",
@@ -77,11 +78,21 @@ METRIC_SHAPES = {
 PER_SAMPLE = ["images", "labels", "predictions", "exits", "confidence"]
 
 
-def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """config.json: every key of the run."""
+def write_config(
+  workdir: pathlib.Path, config: ConfigDict, num_devices: int | None = None
+) -> None:
+  """config.json: every key of the run.
+
+  Args:
+    workdir, config: of the run.
+    num_devices: that train it, if anything does. With `sync="local"` they shape
+      the result, and so stand in the place of a config.num_devices of 0.
+  """
+  values = config.to_dict()
+  if config.sync == "local" and num_devices:
+    values["num_devices"] = num_devices
   files.write(
-    workdir / "config.json",
-    json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n",
+    workdir / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n"
   )
 
 
@@ -112,15 +123,31 @@ def config_values(workdir: pathlib.Path) -> dict[str, Any]:
   return _read(workdir, "config.json", "train", _parse_config)
 
 
-def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Raises ValueError if the run directory was made with another config."""
+def check_same_run(
+  workdir: pathlib.Path, config: ConfigDict, num_devices: int | None = None
+) -> None:
+  """Raises ValueError if the run directory is of another run.
+
+  Args:
+    workdir: may hold no run yet.
+    config: to go on with.
+    num_devices: that are to train it; None where nothing is trained.
+  """
   if not (workdir / "config.json").exists():
     return
-  changed = config_lib.differences(config, read_config(workdir), FREE_KEYS)
+  made_with = read_config(workdir)
+  changed = config_lib.differences(config, made_with, FREE_KEYS)
   if changed:
     raise ValueError(
       f"workdir {workdir} was made with another config: config.{changed[0]}; "
       "use another workdir, or the same config to resume"
+    )
+  trained_on = made_with.num_devices  # 0: by nothing yet
+  if config.sync == "local" and num_devices and trained_on not in (0, num_devices):
+    raise ValueError(
+      f"workdir {workdir} was trained on {trained_on} device(s), which shapes the "
+      f"result where config.sync is local, and now there are {num_devices}; set "
+      f"config.num_devices={trained_on} to resume, or use another workdir"
     )
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
@@ -40,25 +39,31 @@ class Collectives(NamedTuple):
 
   axis_name: pmap axis of the group, for BatchNorm; None for a group of one.
   num_devices: D, in the group.
+  in_run: devices of the run.
   mean: mean of a pytree over the group.
   gather: [B …] of this device -> [D·B …] of the group, in device order.
-  own: [D·B …] -> the [B …] rows of this device.
+  own: [D·B …] of the group -> the [B …] rows of this device.
   across: mean of a pytree over groups, where each holds one value.
-  own_halves: rows of a batch of the whole run -> this device's, [2·B …]: rows of
-    half 1, then rows of half 2.
+  share: rows of the whole run, [in_run·B …] -> the [B …] of this device.
   """
 
   axis_name: str | None = None
   num_devices: int = 1
+  in_run: int = 1
   mean: Callable[[PyTree], PyTree] = _identity
   gather: Callable[[Array], Array] = _identity
   own: Callable[[Array], Array] = _identity
   across: Callable[[PyTree], PyTree] = _identity
-  own_halves: Callable[[Array], Array] = _identity
+  share: Callable[[Array], Array] = _identity
 
   def mean_of_all(self, tree: PyTree) -> PyTree:
     """Mean of a pytree over all devices of the run."""
     return self.across(self.mean(tree))
+
+  def own_halves(self, batch: PyTree) -> tuple[PyTree, PyTree]:
+    """Arrays of the whole loader batch -> (half 1, half 2) of this device."""
+    first = jax.tree.map(lambda x: self.share(x[: len(x) // 2]), batch)
+    return first, jax.tree.map(lambda x: self.share(x[len(x) // 2 :]), batch)
 
 
 ONE_DEVICE = Collectives()
@@ -74,27 +79,24 @@ def collectives(num_devices: int, sync: str = "global") -> Collectives:
   if num_devices == 1:
     return ONE_DEVICE
 
-  def own(x: Array) -> Array:
+  def share(x: Array) -> Array:
     size = x.shape[0] // num_devices
     start = jax.lax.axis_index(AXIS) * size
     return jax.lax.dynamic_slice_in_dim(x, start, size)
-
-  def own_halves(x: Array) -> Array:
-    first, second = jnp.split(x, 2)
-    return jnp.concatenate([own(first), own(second)])
 
   def mean(tree: PyTree) -> PyTree:
     return jax.lax.pmean(tree, AXIS)
 
   if sync == "local":
-    return Collectives(across=mean, own_halves=own_halves)
+    return Collectives(in_run=num_devices, across=mean, share=share)
   return Collectives(
     AXIS,
     num_devices,
+    num_devices,
     mean=mean,
     gather=lambda x: jax.lax.all_gather(x, AXIS, tiled=True),
-    own=own,
-    own_halves=own_halves,
+    own=share,
+    share=share,
   )
 
 
@@ -133,55 +135,41 @@ def count_devices(wanted: int) -> int:
   return wanted or available
 
 
-def _local(num_devices: int) -> int:
-  """How many of the devices of a run are of this process."""
-  return num_devices // jax.process_count()
+def _place(x: np.ndarray, num_devices: int) -> Array:
+  """[L …] of this process's L devices -> the mapped argument [D …] of all.
 
-
-def _spread(x: Rows, num_devices: int) -> Array:
-  """[L …] of this process's L devices -> the mapped argument [D …] of all."""
+  Every row of the result lies on its own device, as a mapped function has it.
+  """
   mesh = jax.sharding.Mesh(jax.devices()[:num_devices], AXIS)
-  return jax.make_array_from_process_local_data(
-    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)),
-    np.asarray(x),
-  )
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+  return jax.make_array_from_process_local_data(sharding, x)
 
 
 def replicate(tree: PyTree, num_devices: int) -> PyTree:
   """The argument of a mapped function that is the same on every device."""
   if num_devices == 1:
     return jax.device_put(tree)
-  local = _local(num_devices)
-  if local < num_devices:
-    return jax.tree.map(
-      lambda x: _spread(np.broadcast_to(x, (local, *np.shape(x))), num_devices),
-      tree,
-    )
-  return jax.tree.map(lambda x: jnp.broadcast_to(x, (local, *jnp.shape(x))), tree)
+  local = num_devices // jax.process_count()
+  return jax.tree.map(
+    lambda x: _place(np.broadcast_to(x, (local, *np.shape(x))), num_devices), tree
+  )
+
+
+def split_rows(tree: PyTree, num_devices: int) -> PyTree:
+  """The argument of a mapped function, from [L·B …] rows for the L devices here."""
+  if num_devices == 1:
+    return jax.device_put(tree)
+  local = num_devices // jax.process_count()
+  return jax.tree.map(
+    lambda x: _place(np.reshape(x, (local, -1, *x.shape[1:])), num_devices), tree
+  )
 
 
 def first(tree: PyTree, num_devices: int) -> PyTree:
   """What the first device here holds of a result that all of them have."""
   if num_devices == 1:
     return tree
-  if jax.process_count() > 1:
-    return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
-  return jax.tree.map(lambda x: x[0], tree)
-
-
-def split_rows(x: Rows, num_devices: int) -> Rows:
-  """[L·B …] -> [L B …] for the L devices here; unchanged for one device."""
-  if num_devices == 1:
-    return x
-  x = x.reshape(_local(num_devices), -1, *x.shape[1:])
-  return x if jax.process_count() == 1 else _spread(x, num_devices)
-
-
-def put_rows(x: np.ndarray, num_devices: int) -> Array:
-  """`split_rows`, each row block on its own device already."""
-  if num_devices == 1:
-    return jax.device_put(x)
-  return _spread(x.reshape(_local(num_devices), -1, *x.shape[1:]), num_devices)
+  return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
 
 def own_rows(batch: int) -> slice:
@@ -195,8 +183,9 @@ def rows_of_host(
 ) -> np.ndarray:
   """The rows of a loader batch that the devices of a host take, in their order.
 
-  Device d of all D takes rows [d·B/D, (d+1)·B/D) of either half, as `own_halves`
-  has it; a host is a process with `num_devices` / `num_hosts` of them.
+  Device d of all D takes rows [d·B/D, (d+1)·B/D) of either half, as
+  `Collectives.own_halves` has it; a host is a process with `num_devices` /
+  `num_hosts` of them.
   """
   check_batch(batch, num_devices)
   rows = np.arange(batch).reshape(2, num_hosts, num_devices // num_hosts, -1)

@@ -30,7 +30,6 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from l2w_jax import config as config_lib
 from l2w_jax.data import augment, sources
 from l2w_jax.method import weighting
 from l2w_jax.models.backbone import Backbone
@@ -39,9 +38,9 @@ from l2w_jax.training.state import TrainState
 from l2w_jax.training.step import (
   Batch,
   forward_pass,
-  half_step_body,
+  make_half_step,
   train_losses_fn,
-  wpn_weights_fn,
+  weights_of,
 )
 
 EXACT = "grad"
@@ -123,27 +122,19 @@ def compile_estimator(
   config = config.copy_and_resolve_references()
   config.meta.update(estimator=name, interval=1)
   config.microbatches = 1
-  half_step = half_step_body(backbone, config, steps_per_epoch=steps_per_epoch)
+  half_step = make_half_step(backbone, config, steps_per_epoch=steps_per_epoch)
 
   def run(state, train_half, meta_half):
-    _, metrics = half_step(state, train_half, meta_half)
+    key = jnp.zeros(2, jnp.uint32)  # of methods that draw weights
+    _, metrics = half_step(state, train_half, meta_half, key)
     return {name: metrics[name] for name in ("meta_loss", "wpn_gradient")}
 
-  halves = probe.train_half, probe.meta_halves[0]
   began = time.monotonic()
-  compiled = jax.jit(run).lower(state, *halves).compile()
+  compiled = (
+    jax.jit(run).lower(state, probe.train_half, probe.meta_halves[0]).compile()
+  )
   seconds = time.monotonic() - began
   flops = compiled.cost_analysis()["flops"]
-  num_parts = config_lib.estimator(name)[1]
-  if num_parts > 1:
-    # XLA counts the body of a loop once. All that is outside of this one is a
-    # forward and backward pass on the meta half, as a plain step takes.
-    config.method = "uniform"
-    plain = jax.jit(
-      half_step_body(backbone, config, steps_per_epoch=steps_per_epoch)
-    ).lower(state, *halves)
-    outside = plain.compile().cost_analysis()["flops"]
-    flops = num_parts * (flops - outside) + outside
   return Estimator(
     compiled, flops, compiled.memory_analysis().temp_size_in_bytes, seconds
   )
@@ -231,7 +222,7 @@ def make_weights_fn(
     )
     losses, (_, confidence) = forward(state.params, half)
     features = weighting.features(losses, confidence, config.meta.inputs)
-    weights = wpn_weights_fn(config, ONE_DEVICE)(state.wpn_params, features)
+    weights = weights_of(config, ONE_DEVICE, state.wpn_params, features)
     return weights, losses, confidence
 
   return weights_fn

@@ -1,53 +1,42 @@
-"""The training loop: blocks of steps, metrics, checkpoints, and resuming.
+"""The training loop: step after step, metrics, checkpoints, and resuming.
 
-A block of steps is one dispatch: batches are made, and metrics collected, inside
-the compiled loop, and the metrics of a block are fetched while the next one runs.
-How many steps a block has follows from how long one takes, and changes nothing
-else.
+Python drives: it dispatches the two half steps of a batch, and reports the step
+before while they run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree, UInt32
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
 from l2w_jax import models
-from l2w_jax.data import feeds, order, resident, sources
-from l2w_jax.method import weighting
+from l2w_jax.data import feeds, order, sources
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.run import directory, parallel
 from l2w_jax.run.progress import Progress
 from l2w_jax.training import checkpoint, diagnostics, scores
 from l2w_jax.training.metrics_log import MetricsLog
-from l2w_jax.training.state import TrainState, abstract_state, init_state
-from l2w_jax.training.step import learning_rates, step_body
+from l2w_jax.training.state import (
+  TrainState,
+  abstract_state,
+  init_state,
+  split_seed,
+)
+from l2w_jax.training.step import learning_rates, make_half_step, updates_wpn
 
-BLOCK = 50  # most steps under one dispatch
-BLOCK_SECONDS = 2.0  # about; fewer steps for slow ones, so that progress shows
 LOSS_BINS = 20  # of the weights-against-loss picture, up to 2·ln C nats
-
-
-class Block(NamedTuple):
-  """What a block of steps reports.
-
-  scalars: {name: [BLOCK 2]}, one row per step and one entry per half.
-  weight_sum, weight_count: [BLOCK K M], by exit and loss bin.
-  """
-
-  scalars: dict[str, Array]
-  weight_sum: Array
-  weight_count: Array
+PICTURED = 50  # last steps of an epoch, whose weights are in the picture
 
 
 def loss_edges(num_classes: int) -> np.ndarray:
@@ -55,54 +44,68 @@ def loss_edges(num_classes: int) -> np.ndarray:
   return np.linspace(0, 2 * math.log(num_classes), LOSS_BINS + 1)
 
 
-def make_block_fn(
-  backbone: Backbone,
-  config: ConfigDict,
-  steps_per_epoch: int,
-  num_devices: int,
-  make_batch_fn: Callable = resident.make_batch_fn,
-):
-  """(state, data, n, key) -> (state, Block) after n ≤ BLOCK steps, on all devices.
+def weights_by_loss(
+  num_classes: int, weights: Float[Array, "B K"], losses: Float[Array, "B K"]
+) -> tuple[Float[Array, "K M"], Float[Array, "K M"]]:
+  """(sum of the weights, number of the samples) of every exit and loss bin."""
+  width = 2 * math.log(num_classes) / LOSS_BINS
+  bins = jnp.clip(losses // width, 0, LOSS_BINS - 1).astype(jnp.int32)
+  onehot = jax.nn.one_hot(bins, LOSS_BINS)
+  return (onehot * weights[..., None]).sum(0), onehot.sum(0)
 
-  The state is donated. Data is what a feed gives for the first of the steps; n and
-  key, the `key_data` of the feed's key, are replicated over the devices. The key is
-  no constant of the program, so that runs of other seeds compile the same one.
+
+class Step:
+  """One loader batch on all devices: (state, halves, step) -> (state, metrics).
+
+  The state is donated. Metrics are those of both half steps, on the devices.
+
+  Args:
+    backbone, config, steps_per_epoch: of the run.
+    num_devices: of all processes.
   """
-  devices = parallel.collectives(num_devices, config.sync)
-  step = step_body(
-    backbone, config, steps_per_epoch=steps_per_epoch, devices=devices
-  )
-  names = ("train_loss", "meta_loss") if config.method == "l2w" else ("train_loss",)
-  bin_width = 2 * math.log(backbone.num_classes) / LOSS_BINS
 
-  def run(
-    state: TrainState, data: PyTree, n: Int[Array, ""], key: UInt32[Array, "2"]
+  def __init__(
+    self,
+    backbone: Backbone,
+    config: ConfigDict,
+    steps_per_epoch: int,
+    num_devices: int,
   ):
-    batch_fn = make_batch_fn(config, jax.random.wrap_key_data(key), devices)
-
-    def one(i, carry):
-      state, block = carry
-      state, metrics = step(state, batch_fn(data, state.step))
-      bins = jnp.clip(metrics["losses"] // bin_width, 0, LOSS_BINS - 1)
-      onehot = jax.nn.one_hot(bins.astype(jnp.int32), LOSS_BINS)  # [2 B K M]
-      weights = metrics["weights"][..., None]
-      return state, Block(
-        {name: block.scalars[name].at[i].set(metrics[name]) for name in names},
-        block.weight_sum.at[i].set((onehot * weights).sum((0, 1))),
-        block.weight_count.at[i].set(onehot.sum((0, 1))),
+    self._config, self._steps_per_epoch = config, steps_per_epoch
+    half_step = make_half_step(
+      backbone,
+      config,
+      steps_per_epoch=steps_per_epoch,
+      devices=parallel.collectives(num_devices, config.sync),
+    )
+    kinds = {updates_wpn(config, steps_per_epoch, step) for step in (0, 1)}
+    self._half_steps = {
+      update: parallel.map_devices(
+        functools.partial(half_step, update_wpn=update), num_devices, (0,)
       )
+      for update in kinds
+    }
+    self._next = parallel.map_devices(lambda step: step + 1, num_devices)
+    # On the host: they are arguments, or runs of other seeds would compile anew.
+    keys = np.asarray(jax.random.key_data(split_seed(config.seed).halves))
+    self._keys = [parallel.replicate(key, num_devices) for key in keys]
 
-    empty = jnp.zeros((BLOCK, backbone.num_exits, LOSS_BINS))
-    block = Block({name: jnp.zeros((BLOCK, 2)) for name in names}, empty, empty)
-    state, block = jax.lax.fori_loop(0, n, one, (state, block))
-    mean_sum, mean_count = devices.mean_of_all(
-      (block.weight_sum, block.weight_count)
-    )
-    return state, block._replace(
-      weight_sum=mean_sum * num_devices, weight_count=mean_count * num_devices
-    )
+  def compile(self, state: TrainState, halves: tuple) -> None:
+    """Compiles what `__call__` runs, for arguments like these."""
+    self._half_steps = {
+      update: half_step.lower(state, *halves, self._keys[0]).compile()
+      for update, half_step in self._half_steps.items()
+    }
 
-  return parallel.map_devices(run, num_devices, donate_argnums=(0,))
+  def __call__(self, state: TrainState, halves: tuple, step: int):
+    """(state after the step, metrics of (half 1, half 2)); see the class."""
+    first, second = halves
+    half_step = self._half_steps[
+      updates_wpn(self._config, self._steps_per_epoch, step)
+    ]
+    state, of_first = half_step(state, first, second, self._keys[0])
+    state, of_second = half_step(state, second, first, self._keys[1])
+    return state.replace(step=self._next(state.step)), (of_first, of_second)
 
 
 def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
@@ -116,29 +119,27 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
       fit the data or the devices. Nothing is compiled or written before.
   """
   num_devices = parallel.count_devices(config.num_devices)
-  parallel.check_batch(
-    config.batch,
-    num_devices,
-    config.microbatches * config_lib.estimator(config.meta.estimator)[1],
+  unrolled = (
+    config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1
   )
+  parallel.check_batch(config.batch, num_devices, config.microbatches * unrolled)
   dataset = sources.load(config.data)
   backbone = models.build_backbone(
     config.model, dataset.num_classes, dataset.image_shape
   )
-  if config.method == "fixed":
-    weighting.check_exit_weights(config.baseline.exit_weights, backbone.num_exits)
+  config_lib.check_method(config, backbone.num_exits)
   loop = _Loop(workdir, config, dataset, backbone, num_devices)
   if parallel.is_writer():
-    directory.check_same_run(workdir, config)
+    directory.check_same_run(workdir, config, num_devices)
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
-      directory.write_config(workdir, config)
+      directory.write_config(workdir, config, num_devices)
   with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
     return loop.run(checkpoints)
 
 
 class _Loop:
-  """One run of the loop: what stays the same from block to block."""
+  """One run of the loop: what stays the same from step to step."""
 
   def __init__(self, workdir, config, dataset, backbone, num_devices):
     self._workdir, self._config = workdir, config
@@ -153,13 +154,13 @@ class _Loop:
     )
     self._total = config.epochs * self._steps_per_epoch
     self._seconds = {"train": 0.0, "compile": 0.0}
+    self._weights = []
 
   def run(self, checkpoints: checkpoint.Checkpoints) -> bool:
-    config = self._config
-    init_key, data_key = jax.random.split(jax.random.key(config.seed))
+    config, keys = self._config, split_seed(self._config.seed)
     restored = checkpoints.restore(abstract_state(self._backbone, config))
     if restored is None:
-      state, step = init_state(init_key, self._backbone, config), 0
+      state, step = init_state(keys.init, self._backbone, config), 0
     else:
       state, info = restored
       step, self._seconds = int(state.step), info["seconds"]
@@ -179,74 +180,69 @@ class _Loop:
         self._progress.note(f"resuming after step {step} of {self._total}")
       state = parallel.replicate(state, self._num_devices)
       with contextlib.closing(
-        feeds.make_feed(self._dataset, config, data_key, self._num_devices)
+        feeds.make_feed(self._dataset, config, keys.data, self._num_devices)
       ) as feed:
-        key = parallel.replicate(jax.random.key_data(data_key), self._num_devices)
-        run_block = self._compile(key, state, feed, step)
-        self._blocks(
-          lambda *args: run_block(*args, key), state, feed, step, checkpoints
-        )
+        halves = self._compile(state, feed, step)
+        self._steps(state, feed, halves, step, checkpoints)
     return True
 
-  def _compile(self, key, state, feed, step):
-    began = time.monotonic()
+  def _compile(self, state, feed, step):
+    """Compiles all that the loop runs; the halves of the first step."""
+    config, began = self._config, time.monotonic()
     with self._progress.compiling("the training step"):
-      run_block = (
-        make_block_fn(
-          self._backbone,
-          self._config,
-          self._steps_per_epoch,
-          self._num_devices,
-          feed.make_batch_fn,
-        )
-        .lower(state, feed.data(step), self._count(1), key)
-        .compile()
+      self._step = Step(
+        self._backbone, config, self._steps_per_epoch, self._num_devices
+      )
+      halves = feed.halves(step)
+      self._step.compile(state, halves)
+      devices = parallel.collectives(self._num_devices, config.sync)
+      self._weights_by_loss = parallel.map_devices(
+        lambda *half: devices.mean_of_all(
+          weights_by_loss(self._backbone.num_classes, *half)
+        ),
+        self._num_devices,
       )
     with self._progress.compiling("the evaluation"):
       self._score = scores.compile_scorer(
-        state.variables,
-        self._backbone,
-        self._dataset,
-        self._config,
-        self._num_devices,
+        state.variables, self._backbone, self._dataset, config, self._num_devices
       )
     self._diagnosis = None
-    if self._config.diagnose.every and parallel.is_writer():
+    if config.diagnose.every and parallel.is_writer():
       with self._progress.compiling("the diagnosis"):
         self._diagnosis = diagnostics.Diagnosis(
           self._backbone,
-          self._config,
+          config,
           self._steps_per_epoch,
           parallel.first(state, self._num_devices),
           self._probe,
         )
     self._seconds["compile"] += time.monotonic() - began
-    return run_block
+    return halves
 
-  def _count(self, n: int) -> Array:
-    return parallel.replicate(jnp.asarray(n, jnp.int32), self._num_devices)
-
-  def _blocks(self, run_block, state, feed, step, checkpoints):
-    """Runs block after block; the report of one waits while the next runs."""
+  def _steps(self, state, feed, halves, step, checkpoints):
+    """Step after step; the report of one waits while the next runs."""
+    config = self._config
     self._reported_at = began = time.monotonic()
-    pending, size = None, None
-    every = self._config.diagnose.every
-    if every and step == 0:
+    if config.diagnose.every and step == 0:
       began += self._diagnose(state, step)
+    pending = None
     while step < self._total:
-      n = min(size or 1, self._steps_per_epoch - step % self._steps_per_epoch)
-      if every:
-        n = min(n, every - step % every)
-      state, block = run_block(state, feed.data(step), self._count(n))
-      size = size or self._block_size(block, feed)
+      state, metrics = self._step(state, halves, step)
+      self._keep_weights(step, metrics)
+      step += 1
+      if step < self._total:
+        halves = feed.halves(step)
       if pending is not None:
         self._report(*pending)
-      pending = step, n, parallel.first(block, self._num_devices)
-      step += n
-      evaluates = self._due(step, self._config.evaluate.every)
-      saves = self._due(step, self._config.checkpoint.every)
+      pending = step, metrics
+      evaluates = self._due(step, config.evaluate.every)
+      saves = self._due(step, config.checkpoint.every)
       # After the last step the learning rate, and so every gradient, is 0.
-      diagnoses = every and step % every == 0 and step < self._total
+      diagnoses = (
+        config.diagnose.every
+        and step % config.diagnose.every == 0
+        and step < self._total
+      )
       if evaluates or saves or diagnoses:
         self._report(*pending)
         pending = None
@@ -264,15 +260,6 @@ class _Loop:
           {"seconds": self._seconds, "complete": step == self._total},
         )
 
-  def _block_size(self, block: Block, feed: feeds.Feed) -> int:
-    """How many steps take about BLOCK_SECONDS, by one that is running."""
-    if not feed.whole:
-      return 1
-    jax.block_until_ready(block)
-    seconds = time.monotonic() - self._reported_at
-    # The processes of a run take the same steps together.
-    return parallel.from_writer(min(BLOCK, max(1, int(BLOCK_SECONDS / seconds))))
-
   def _due(self, step: int, every: int) -> bool:
     """Whether something done every `every` epochs, and at the end, is due."""
     epoch, rest = divmod(step, self._steps_per_epoch)
@@ -281,54 +268,47 @@ class _Loop:
   def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     self._log.write(kind, step, step / self._steps_per_epoch, values)
 
-  def _report(self, step: int, n: int, block: Block) -> None:
-    """Writes the lines of a block; waits until it is done."""
-    block = jax.device_get(block)
-    now = time.monotonic()
-    speed = n * self._config.batch / (now - self._reported_at)
-    self._reported_at = now
-    rates = learning_rates(self._config, self._steps_per_epoch)[0](
-      jnp.arange(step, step + n)
-    )
-    means = {name: _mean_of_known(rows[:n]) for name, rows in block.scalars.items()}
-    for i in range(n):
-      if (step + i + 1) % self._config.log.every == 0:
-        self._write(
-          "train",
-          step + i + 1,
-          {
-            "lr": float(rates[i]),
-            **{
-              name: float(rows[i])
-              for name, rows in means.items()
-              if np.isfinite(rows[i])
-            },
-            "images_per_second": speed,
-          },
-        )
-    done = step + n
-    for i in range(n):
-      if (step + i) % self._steps_per_epoch % BLOCK == 0:
-        self._weights = (0, 0)
-      self._weights = (
-        self._weights[0] + block.weight_sum[i],
-        self._weights[1] + block.weight_count[i],
+  def _report(self, step: int, metrics: tuple) -> None:
+    """Writes the line of the step before `step`; waits until that is done."""
+    names = [name for name in ("train_loss", "meta_loss") if name in metrics[0]]
+    halves = jax.device_get(
+      parallel.first(
+        [{name: half[name] for name in names} for half in metrics],
+        self._num_devices,
       )
-    self._progress.update(
-      done,
-      {
-        **{name: rows[-1] for name, rows in means.items()},
-        "epoch": math.ceil(done / self._steps_per_epoch),
-      },
     )
-    if self._config.method != "uniform" and self._due(
-      done, self._config.log.weights_every
-    ):
-      self._write_weights(done, *self._weights)
+    now = time.monotonic()
+    speed = self._config.batch / (now - self._reported_at)
+    self._reported_at = now
+    means = {
+      name: float(np.mean([half[name] for half in halves])) for name in names
+    }
+    if step % self._config.log.every == 0:
+      rate = learning_rates(self._config, self._steps_per_epoch)[0](step - 1)
+      self._write(
+        "train", step, {"lr": float(rate), **means, "images_per_second": speed}
+      )
+    epoch = math.ceil(step / self._steps_per_epoch)
+    self._progress.update(step, {**means, "epoch": epoch})
+    if self._weights and self._due(step, self._config.log.weights_every):
+      self._write_weights(step)
 
-  def _write_weights(
-    self, step: int, total: np.ndarray, counts: np.ndarray
-  ) -> None:
+  def _keep_weights(self, step: int, metrics: tuple) -> None:
+    """Keeps sums for the picture, if the end of the epoch has one."""
+    left = -step % self._steps_per_epoch or self._steps_per_epoch
+    if (
+      self._config.method != "uniform"
+      and left <= PICTURED
+      and self._due(step + left, self._config.log.weights_every)
+    ):
+      self._weights += [
+        self._weights_by_loss(half["weights"], half["losses"]) for half in metrics
+      ]
+
+  def _write_weights(self, step: int) -> None:
+    found = jax.device_get(parallel.first(self._weights, self._num_devices))
+    self._weights = []
+    total, counts = (self._num_devices * sum(x) for x in zip(*found, strict=True))
     mean = total / np.maximum(counts, 1)
     self._write(
       "weights",
@@ -366,13 +346,3 @@ class _Loop:
       step,
       {"split": "calibration", "accuracy": found.correct.mean(axis=0).tolist()},
     )
-
-
-def _mean_of_known(rows: np.ndarray) -> np.ndarray:
-  """Mean over the halves of each step; NaN where no half knows a value."""
-  known = np.isfinite(rows)
-  return np.where(
-    known.any(axis=1),
-    np.where(known, rows, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1),
-    np.nan,
-  )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -39,6 +41,24 @@ class TrainState:
   def variables(self) -> dict[str, PyTree]:
     """What `Backbone.apply` takes: {"params", "batch_stats"}."""
     return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class Keys(NamedTuple):
+  """The random numbers of a run, one key for each use.
+
+  init: initial parameters. data: order and augmentation. halves: [2], the weights
+  of method "random", apart for half 1 and half 2; folded with the step.
+  """
+
+  init: Array
+  data: Array
+  halves: Array
+
+
+def split_seed(seed: int) -> Keys:
+  """All keys of a run; a step's own come from `jax.random.fold_in(key, step)`."""
+  init, data, *halves = jax.random.split(jax.random.key(seed), 4)
+  return Keys(init, data, jnp.stack(halves))
 
 
 def sgd(config: ConfigDict) -> optax.GradientTransformation:
