@@ -171,23 +171,19 @@ def curves(
       }
       for k in range(len(macs))
     ],
-    "budgeted": _rows(thresholds, budgeted_calibration, budgeted),
+    "budgeted": [
+      {
+        "q": q,
+        "thresholds": [_json_number(t) for t in thresholds[i]],
+        "calibration_accuracy": float(budgeted_calibration.accuracy[i]),
+        "calibration_macs": float(budgeted_calibration.macs[i]),
+        "accuracy": float(budgeted.accuracy[i]),
+        "macs": float(budgeted.macs[i]),
+        "exits": [float(f) for f in budgeted.exits[i]],
+      }
+      for i, q in enumerate(QS)
+    ],
   }
-
-
-def _rows(thresholds, calibration, test) -> list[dict[str, Any]]:
-  return [
-    {
-      "q": q,
-      "thresholds": [_json_number(t) for t in thresholds[i]],
-      "calibration_accuracy": float(calibration.accuracy[i]),
-      "calibration_macs": float(calibration.macs[i]),
-      "accuracy": float(test.accuracy[i]),
-      "macs": float(test.macs[i]),
-      "exits": [float(f) for f in test.exits[i]],
-    }
-    for i, q in enumerate(QS)
-  ]
 
 
 def operating_point(
