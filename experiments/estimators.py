@@ -20,7 +20,7 @@ from options import config_parser, one_line_errors
 
 import l2w_jax as l2w
 from l2w_jax.data import feeds, order, sources
-from l2w_jax.results import report
+from l2w_jax.results import page, report
 from l2w_jax.run import files
 from l2w_jax.training import diagnostics, loop
 from l2w_jax.training.state import split_seed
@@ -68,16 +68,6 @@ def measure(config, steps: int) -> dict:
   }
 
 
-def table(line) -> str:
-  """The estimators as Markdown."""
-  rows = [
-    report.ESTIMATOR_HEAD,
-    ["---"] * len(report.ESTIMATOR_HEAD),
-    *report.estimator_rows([line]),
-  ]
-  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def main(arguments=None) -> None:
   """The command line."""
   parser = config_parser(__doc__)
@@ -111,7 +101,7 @@ def main(arguments=None) -> None:
     config.diagnose.half = config.batch // 2
     line = measure(l2w.config.validate(config), options.steps)
   files.write(options.out, json.dumps(line, indent=2) + "\n")
-  print(table(line))
+  print(page.markdown(*report.estimators([line])))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from toy import LinearExits
 import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax.data import sources
-from l2w_jax.results import evaluate, report
+from l2w_jax.results import evaluate, figures, report
 from l2w_jax.run import directory
 from l2w_jax.training import diagnostics
 from l2w_jax.training import loop as train
@@ -193,13 +193,13 @@ def test_a_summary_averages_errors_and_keeps_both_ends(line):
 def test_the_lines_are_drawn(line):
   pytest.importorskip("matplotlib")
   lines = [line | {"epoch": epoch} for epoch in (0.0, 1.0)]
-  axes = report.draw_diagnostics(lines).axes
+  axes = figures.draw_diagnostics(lines).axes
   labels = [x.get_text() for x in axes[0].get_legend().get_texts()]
   assert labels == list(line["estimators"])[1:]  # the exact one has no error
   assert len(axes[1].lines) == 3 + 1 and len(axes[2].lines) == 6 + 1
-  rows = report.estimator_rows(lines)
+  head, rows = report.estimators(lines)
   assert rows[0][:3] == ["grad", "1.0000", "0.0e+00"]
-  assert all(len(row) == len(report.ESTIMATOR_HEAD) for row in rows)
+  assert all(len(row) == len(head) for row in rows)
 
 
 @pytest.mark.slow

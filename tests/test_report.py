@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from l2w_jax.results.report import draw_curves, draw_samples, write_report
+from l2w_jax.results.figures import draw_curves, draw_samples
+from l2w_jax.results.report import write_report
 from l2w_jax.run import directory
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -18,6 +18,7 @@ of a curve, N test images.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pathlib
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2w_jax.results import report
+from l2w_jax.results import figures, page
 from l2w_jax.run import directory, files
 
 NUM_POINTS = 5  # mean costs in the table
@@ -35,6 +36,24 @@ NUM_DRAWN = 60  # mean costs in the pictures
 NUM_GROUPS = 5  # of test images, from easy to hard
 AT_Q = 0.75  # budget at which exits are counted
 CONFIDENCE = 0.95
+TITLES = {
+  "anytime": "Test accuracy (%) of every exit",
+  "budgeted": "Test accuracy (%) with early exits, at equal mean cost",
+}
+CAPTIONS = {
+  "curves.png": "Mean over the seeds, and a band of one standard deviation. "
+  "Lines: early exits. Circles: every image at one exit.",
+  "gain.png": "Accuracy beyond that of the reference at equal mean cost, mean "
+  "of the differences seed by seed with its 95 % t interval at each cost.",
+  "weights.png": "Mean weight of the training samples in each loss bin, early "
+  "and late in training; the band is one standard deviation over the seeds.",
+  "leaving.png": f"Test images in {NUM_GROUPS} groups of one size, from those "
+  "that the exits of the reference are surely right about to those they are "
+  f"surely wrong about, and where they leave at q = {AT_Q}.",
+}
+# The reference is grey; the others differ in hue and lightness.
+REFERENCE_COLOR = "#5f6368"
+COLORS = "#c2410c #1d4ed8 #15803d #7e22ce #a16207 #0e7490 #be185d".split()
 
 
 class Run(NamedTuple):
@@ -113,6 +132,17 @@ def common_costs(runs: Sequence[Run], num: int) -> np.ndarray:
       f"MACs and one ends at {high:.4g}"
     )
   return np.linspace(low, high, num)
+
+
+def at_equal_cost(
+  runs: Mapping[str, Sequence[Run]], num: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """(mean costs [num], {method: accuracies [S num]}), see `common_costs`."""
+  costs = common_costs([run for found in runs.values() for run in found], num)
+  return costs, {
+    name: np.array([accuracy_at(run.curve, costs) for run in found])
+    for name, found in runs.items()
+  }
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
@@ -204,13 +234,9 @@ def summarize(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
         "the runs have other networks or other test images, so they cannot "
         "be compared; use another workdir"
       )
-  costs = common_costs(everything, NUM_POINTS)
+  costs, budgeted = at_equal_cost(runs, NUM_POINTS)
   anytime = {
     name: np.array([run.accuracy for run in found]) for name, found in runs.items()
-  }
-  budgeted = {
-    name: np.array([accuracy_at(run.curve, costs) for run in found])
-    for name, found in runs.items()
   }
   group = easy_to_hard(runs[reference])
   return {
@@ -241,54 +267,38 @@ def summarize(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
 
 def rows(summary: dict[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
   """(head, rows) of a table in percent; kind is "anytime" or "budgeted"."""
-  scale, unit = report.cost_scale(summary)
+  scale, unit = figures.cost_scale(summary["macs"])
   if kind == "anytime":
-    head = [
-      "",
-      *(
-        f"exit {k}: {cost / scale:.3g} {unit}"
-        for k, cost in enumerate(summary["macs"], 1)
-      ),
-    ]
+    points = [(f"exit {k}:", cost) for k, cost in enumerate(summary["macs"], 1)]
   else:
-    head = ["", *(f"mean {cost / scale:.3g} {unit}" for cost in summary["costs"])]
-  table = []
-  for name, found in summary["methods"].items():
-    found = found[kind]
-    stds = found["std"] or [None] * len(found["mean"])
-    table.append(
-      [
-        f"{name} (n = {found['n']})",
-        *(
-          f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
-          for mean, std in zip(found["mean"], stds, strict=True)
-        ),
-      ]
-    )
-  for name, found in summary["differences"].items():
-    found = found[kind]
-    ends = (
-      zip(found["low"], found["high"], strict=True)
-      if found["low"]
-      else [(None, None)] * len(found["mean"])
-    )
-    table.append(
-      [
-        f"{name} - {summary['reference']}",
-        *(
-          f"{100 * mean:+.2f}"
-          + ("" if low is None else f" [{100 * low:+.2f}, {100 * high:+.2f}]")
-          for mean, (low, high) in zip(found["mean"], ends, strict=True)
-        ),
-      ]
-    )
+    points = [("mean", cost) for cost in summary["costs"]]
+  head = ["", *(f"{point} {cost / scale:.3g} {unit}" for point, cost in points)]
+  table = [
+    [
+      f"{name} (n = {found[kind]['n']})",
+      *_cells(found[kind], "{:.2f}", " ± {:.2f}", "std"),
+    ]
+    for name, found in summary["methods"].items()
+  ]
+  table += [
+    [
+      f"{name} - {summary['reference']}",
+      *_cells(found[kind], "{:+.2f}", " [{:+.2f}, {:+.2f}]", "low", "high"),
+    ]
+    for name, found in summary["differences"].items()
+  ]
   return head, table
 
 
-TITLES = {
-  "anytime": "Test accuracy (%) of every exit",
-  "budgeted": "Test accuracy (%) with early exits, at equal mean cost",
-}
+def _cells(found, mean: str, spread: str, *names: str) -> list[str]:
+  """Means in percent, and what is known of their spread, if anything is."""
+  columns = [found["mean"]]
+  if found["std"] is not None:
+    columns += [found[name] for name in names]
+    mean += spread
+  return [
+    mean.format(*(100 * x for x in column)) for column in zip(*columns, strict=True)
+  ]
 
 
 def _explain(summary: dict[str, Any]) -> str:
@@ -305,32 +315,15 @@ def _explain(summary: dict[str, Any]) -> str:
 
 def as_text(summary: dict[str, Any]) -> str:
   """The tables in Markdown, which is readable as it is."""
-  lines = [_explain(summary)]
+  parts = [_explain(summary)]
   for kind, title in TITLES.items():
-    head, table = rows(summary, kind)
-    widths = [max(len(row[i]) for row in [head, *table]) for i in range(len(head))]
-    lines += ["", title, ""]
-    for i, row in enumerate([head, *table]):
-      lines.append(
-        "| "
-        + " | ".join(
-          cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        )
-        + " |"
-      )
-      if i == 0:
-        lines.append("|" + "|".join("-" * (w + 2) for w in widths) + "|")
-  seconds = {name: found["seconds"] for name, found in summary["methods"].items()}
-  lines += [
-    "",
-    "Seconds of training: "
-    + ", ".join(
-      f"{name} {found['mean']:.0f}"
-      + ("" if found["std"] is None else f" ± {found['std']:.0f}")
-      for name, found in seconds.items()
-    ),
-  ]
-  return "\n".join(lines) + "\n"
+    parts += [title, page.markdown(*rows(summary, kind))]
+  seconds = []
+  for name, found in summary["methods"].items():
+    mean, std = found["seconds"]["mean"], found["seconds"]["std"]
+    seconds.append(f"{name} {mean:.0f}" + ("" if std is None else f" ± {std:.0f}"))
+  parts.append(f"Seconds of training: {', '.join(seconds)}\n")
+  return "\n\n".join(parts)
 
 
 def write(
@@ -348,176 +341,118 @@ def write(
   Raises:
     ValueError: a run is not finished, or the runs cannot be compared.
   """
-  import matplotlib
-
   found = {name: [read_run(path) for path in paths] for name, paths in runs.items()}
   summary = summarize(found)
   folder = workdir / "comparison"
-  folder.mkdir(exist_ok=True)
-  with matplotlib.rc_context(report.STYLE):
-    figures = {
-      "curves.png": draw_curves(found),
-      "leaving.png": draw_leaving(summary),
-    }
-    if summary["differences"]:
-      figures["gain.png"] = draw_gain(found)
-    weighted = {
-      name: runs for name, runs in found.items() if all(run.weights for run in runs)
-    }
-    if weighted:
-      figures["weights.png"] = draw_weights(weighted)
-    report.write_pictures(folder, figures)
-  files.write(folder / "index.html", render(summary, figures))
+  weighted = {
+    name: runs for name, runs in found.items() if all(run.weights for run in runs)
+  }
+  pictures = {
+    "curves.png": (draw_curves, found),
+    "gain.png": summary["differences"] and (draw_gain, found),
+    "weights.png": weighted and (draw_weights, weighted),
+    "leaving.png": (draw_leaving, summary),
+  }
+  figures.write_pictures(folder, pictures)
+  drawn = [name for name, how in pictures.items() if how]
+  files.write(folder / "index.html", render(summary, drawn))
   files.write(workdir / "comparison.json", json.dumps(summary, indent=2) + "\n")
   files.write(workdir / "comparison.txt", as_text(summary))
   return summary
 
 
-CAPTIONS = {
-  "curves.png": "Mean over the seeds, and a band of one standard deviation. "
-  "Lines: early exits. Circles: every image at one exit.",
-  "gain.png": "Accuracy beyond that of the reference at equal mean cost, mean "
-  "of the differences seed by seed with its 95 % t interval at each cost.",
-  "weights.png": "Mean weight of the training samples in each loss bin, early "
-  "and late in training; the band is one standard deviation over the seeds.",
-  "leaving.png": f"Test images in {NUM_GROUPS} groups of one size, from those "
-  "that the exits of the reference are surely right about to those they are "
-  f"surely wrong about, and where they leave at q = {AT_Q}.",
-}
-
-
-def render(summary: dict[str, Any], pictures: Mapping[str, Any]) -> str:
+def render(summary: dict[str, Any], pictures: Sequence[str]) -> str:
   """The page, with the pictures there are."""
-  title = escape(
-    " against ".join(
-      [", ".join(summary["differences"]), summary["reference"]]
-      if summary["differences"]
-      else [summary["reference"]]
-    )
-  )
+  others = ", ".join(summary["differences"])
   tables = "\n".join(
-    f"<h2>{heading}</h2>\n{report.table(*rows(summary, kind))}"
+    f"<h2>{heading}</h2>\n{page.table(*rows(summary, kind))}"
     for kind, heading in TITLES.items()
   )
-  figures = "\n".join(
-    report.picture(name, caption)
+  shown = "\n".join(
+    page.picture(name, caption)
     for name, caption in CAPTIONS.items()
     if name in pictures
   )
-  return report.PAGE.format(
-    title=title,
-    body=f"""<h1>{title}</h1>
-<p>{escape(_explain(summary))}
+  return page.render(
+    " against ".join(filter(None, [others, summary["reference"]])),
+    f"""<p>{escape(_explain(summary))}
 All numbers: <a href="../comparison.json">comparison.json</a>.</p>
 {tables}
 <h2>Pictures</h2>
-{figures}""",
+{shown}""",
   )
 
 
-def _method_colors(names) -> dict[str, str]:
-  # The reference is grey; the others differ in hue and lightness.
-  hues = [
-    "#c2410c",
-    "#1d4ed8",
-    "#15803d",
-    "#7e22ce",
-    "#a16207",
-    "#0e7490",
-    "#be185d",
-  ]
+def _colors(names) -> dict[str, str]:
   reference, *others = names
-  return {reference: "#5f6368"} | {
-    name: hues[i % len(hues)] for i, name in enumerate(others)
+  return {
+    reference: REFERENCE_COLOR,
+    **dict(zip(others, itertools.cycle(COLORS), strict=False)),
   }
 
 
 def draw_curves(runs: Mapping[str, Sequence[Run]]):
   """Accuracy against mean cost with a band per method, and the single exits."""
-  everything = [run for found in runs.values() for run in found]
-  costs = common_costs(everything, NUM_DRAWN)
-  scale, unit = report.cost_scale({"macs": everything[0].macs})
-  figure = report.new_figure(7.5, 4.6)
-  axes = figure.add_subplot()
-  for name, color in _method_colors(runs).items():
-    found = 100 * np.array([accuracy_at(run.curve, costs) for run in runs[name]])
-    _band(axes, costs / scale, found.mean(0), _std(found), color, name)
-    single = 100 * np.mean([run.accuracy for run in runs[name]], axis=0)
+  figure, axes, scale = _over_cost(runs, 4.6)
+  costs, accuracy = at_equal_cost(runs, NUM_DRAWN)
+  for name, color in _colors(runs).items():
+    found = 100 * accuracy[name]
+    figures.band(axes, costs / scale, found.mean(0), _std(found), color, name)
     axes.plot(
-      everything[0].macs / scale,
-      single,
+      runs[name][0].macs / scale,
+      100 * np.mean([run.accuracy for run in runs[name]], axis=0),
       "o",
       color=color,
       markerfacecolor="none",
       markersize=6,
     )
-  axes.set(
-    title="Accuracy against cost",
-    xlabel=f"cost per image, mean ({unit})",
-    ylabel="test accuracy (%)",
-  )
+  axes.set(title="Accuracy against cost", ylabel="test accuracy (%)")
   figure.legend(loc="outside lower center", ncols=4)
   return figure
 
 
 def draw_gain(runs: Mapping[str, Sequence[Run]]):
   """Accuracy beyond the reference at equal mean cost, with its t interval."""
-  everything = [run for found in runs.values() for run in found]
-  costs = common_costs(everything, NUM_DRAWN)
-  scale, unit = report.cost_scale({"macs": everything[0].macs})
-  at = {
-    name: np.array([accuracy_at(run.curve, costs) for run in found])
-    for name, found in runs.items()
-  }
-  reference, *others = runs
-  figure = report.new_figure(7.5, 3.8)
-  axes = figure.add_subplot()
-  axes.axhline(0, color="#5f6368", linewidth=1)
-  colors = _method_colors(runs)
-  for name in others:
-    found = paired(at[name], at[reference])
-    mean = 100 * np.array(found["mean"])
-    reach = (
-      np.zeros_like(mean)
-      if found["high"] is None
-      else 100 * np.array(found["high"]) - mean
-    )
-    _band(axes, costs / scale, mean, reach, colors[name], name)
-  axes.set(
-    title=f"Gain over {reference} at equal mean cost",
-    xlabel=f"cost per image, mean ({unit})",
-    ylabel="points",
-  )
+  figure, axes, scale = _over_cost(runs, 3.8)
+  costs, accuracy = at_equal_cost(runs, NUM_DRAWN)
+  (reference, color), *others = _colors(runs).items()
+  axes.axhline(0, color=color, linewidth=1)
+  for name, color in others:
+    found = paired(100 * accuracy[name], 100 * accuracy[reference])
+    mean = np.array(found["mean"])
+    reach = 0 if found["high"] is None else np.array(found["high"]) - mean
+    figures.band(axes, costs / scale, mean, reach, color, name)
+  axes.set(title=f"Gain over {reference} at equal mean cost", ylabel="points")
   figure.legend(loc="outside lower center", ncols=4)
   return figure
+
+
+def _over_cost(runs, height: float):
+  """(figure, axes over cost, divisor of the costs)."""
+  scale, unit = figures.cost_scale(next(iter(runs.values()))[0].macs)
+  figure = figures.new_figure(7.5, height)
+  axes = figure.add_subplot(xlabel=f"cost per image, mean ({unit})")
+  return figure, axes, scale
 
 
 def draw_weights(runs: Mapping[str, Sequence[Run]]):
   """Mean weight against loss: a row per method, a panel per exit."""
   num_exits = len(next(iter(runs.values()))[0].macs)
-  figure = report.new_figure(max(2.1 * num_exits, 4.5), 2.2 * len(runs) + 0.8)
+  figure = figures.new_figure(max(2.1 * num_exits, 4.5), 2.2 * len(runs) + 0.8)
   panels = figure.subplots(
     len(runs), num_exits, sharex=True, sharey=True, squeeze=False
   )
   for row, (name, found) in zip(panels, runs.items(), strict=True):
     for which, color in ((0, "#f59e0b"), (-1, "#7f1d1d")):
       lines = [run.weights[which] for run in found]
-      edges = np.array(lines[0]["loss_bins"])
-      weight = np.array([line["mean_weight"] for line in lines], float)
+      bins, label = figures.middles(lines[0]["loss_bins"]), lines[0]["epoch"]
       # A bin counts where every seed has samples in it.
-      mean, std = weight.mean(0), _std(weight)
-      for k, axes in enumerate(row):
-        _band(
-          axes,
-          (edges[:-1] + edges[1:]) / 2,
-          mean[k],
-          std[k],
-          color,
-          f"epoch {lines[0]['epoch']:g}",
-        )
-        axes.set_title(f"{name}, exit {k + 1}", fontsize=8)
-    for axes in row:
-      axes.axhline(1, color="#9aa0a6", linewidth=0.8)
+      weight = np.array([line["mean_weight"] for line in lines], float)
+      for axes, mean, std in zip(row, weight.mean(0), _std(weight), strict=True):
+        figures.band(axes, bins, mean, std, color, f"epoch {label:g}")
+    for k, axes in enumerate(row, 1):
+      axes.set_title(f"{name}, exit {k}", fontsize=8)
+      axes.axhline(1, color=figures.GREY, linewidth=0.8)
   panels[0, 0].legend(fontsize=7)
   figure.supxlabel("loss (nats)", fontsize=9)
   figure.supylabel("sample weight", fontsize=9)
@@ -527,44 +462,21 @@ def draw_weights(runs: Mapping[str, Sequence[Run]]):
 def draw_leaving(summary: dict[str, Any]):
   """Shares of easy and hard test images that leave at each exit, per method."""
   methods = summary["methods"]
-  num_exits = len(summary["macs"])
   columns = min(len(methods), 4)
   count = math.ceil(len(methods) / columns)
-  figure = report.new_figure(max(2.4 * columns + 1.2, 5), 2.6 * count + 0.6)
+  figure = figures.new_figure(max(2.4 * columns + 1.2, 5), 2.6 * count + 0.6)
   panels = figure.subplots(count, columns, sharey=True, squeeze=False).ravel()
   for axes, (name, found) in zip(panels, methods.items(), strict=False):
-    below = np.zeros(NUM_GROUPS)
-    shares = 100 * np.array(found["leaving"])
-    for k, color in enumerate(report.exit_colors(num_exits)):
-      axes.bar(
-        range(NUM_GROUPS),
-        shares[:, k],
-        0.9,
-        bottom=below,
-        color=color,
-        label=f"exit {k + 1}",
-      )
-      below += shares[:, k]
-    axes.grid(False)
-    axes.set(title=name, ylim=(0, 100))
+    figures.stack(axes, range(NUM_GROUPS), np.array(found["leaving"]), 0.9)
+    axes.set_title(name)
     axes.set_xticks([0, NUM_GROUPS - 1], ["easy", "hard"])
   for axes in panels[len(methods) :]:
     axes.remove()
   figure.supylabel("test images leaving (%)", fontsize=9)
-  figure.legend(
-    *panels[0].get_legend_handles_labels(), loc="outside right center", reverse=True
-  )
+  figures.exit_legend(figure, panels[0])
   return figure
 
 
 def _std(values: np.ndarray) -> np.ndarray:
-  return (
-    values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
-  )
-
-
-def _band(axes, x, mean, reach, color, label) -> None:
-  axes.plot(x, mean, color=color, label=label)
-  axes.fill_between(
-    x, mean - reach, mean + reach, color=color, alpha=0.18, linewidth=0
-  )
+  """Over the first axis; 0 for a single value."""
+  return values.std(axis=0, ddof=min(len(values) - 1, 1))
