@@ -49,6 +49,7 @@ def outcome(name, num_devices):
     feed = feeds.make_feed(dataset, config, jax.random.key(1), num_devices)
     step_fn = loop.Step(backbone, config, one_process.STEPS_PER_EPOCH, num_devices)
     state = parallel.replicate(state, num_devices)
+    step_fn.compile(state, feed.halves(0))
     for step in range(one_process.STEPS):
       state, metrics = step_fn(state, feed.halves(step), step)
     feed.close()
