@@ -9,7 +9,6 @@ from flax import traverse_util
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
 from l2w_jax.models import initializers, layers
-from l2w_jax.models.layers import conv2d
 
 SMALL = {
   "msdnet": ("msdnet", dict(num_exits=3)),
@@ -191,59 +190,6 @@ def test_batch_norm_needs_two_values():
   )
   with pytest.raises(ValueError, match="more than one value per channel"):
     norm.apply(variables, x, layers.Mode(train=True), mutable=["batch_stats"])
-
-
-@pytest.mark.parametrize(
-  "height, width, kernel, stride",
-  [
-    (8, 8, 3, 1),
-    (7, 9, 3, 2),
-    (8, 8, 3, 2),
-    (15, 14, 7, 2),
-    (1, 1, 3, 2),
-    (4, 3, 3, 2),
-  ],
-)
-def test_convolution_and_all_its_derivatives(height, width, kernel, stride):
-  """Against XLA's own convolution: gradient, its gradient, and a jvp of it."""
-  rng = np.random.default_rng(0)
-  x, k = (
-    rng.normal(size=(3, height, width, 4)),
-    rng.normal(size=(kernel, kernel, 4, 4)),
-  )
-  pad = (kernel // 2, kernel // 2)
-
-  def reference(x, k, stride):
-    return jax.lax.conv_general_dilated(
-      x, k, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-  def results(conv):
-    def loss(x, k):
-      return jnp.sin(conv(jnp.tanh(conv(x, k, stride)), k, 1)).sum()
-
-    gradient = jax.grad(loss, (0, 1))
-    return (
-      loss(x, k),
-      gradient(x, k),
-      jax.grad(lambda x, k: sum(jnp.cos(g).sum() for g in gradient(x, k)), (0, 1))(
-        x, k
-      ),
-      jax.jvp(gradient, (x, k), (x, k))[1],
-      jax.vmap(lambda x: conv(x[None], k, stride))(x),
-    )
-
-  with jax.enable_x64(True):
-    x, k = jnp.asarray(x), jnp.asarray(k)
-    ours, theirs = (
-      jax.jit(lambda: results(conv2d))(),
-      jax.jit(lambda: results(reference))(),
-    )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9),
-    ours,
-    theirs,
-  )
 
 
 @pytest.mark.parametrize(

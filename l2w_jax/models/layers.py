@@ -45,40 +45,8 @@ class Mode(NamedTuple):
 EVALUATE = Mode()
 
 
-def conv2d(
-  x: Image, kernel: Float[Array, "k k I O"], stride: int
-) -> Float[Array, "B _ _ O"]:
-  """Convolution padded by k // 2 on every side, with a square kernel.
-
-  Where the result is smaller than the kernel, as in the classifiers, it is the
-  product of the k² shifted images with the kernel: XLA:CPU exchanges the operands
-  of the convolution that is the input's gradient there, and takes five times as
-  long, which made an l2w step of MSDNet 8 % slower.
-  """
-  size, pad = kernel.shape[0], kernel.shape[0] // 2
-  height, width = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
-  if max(height, width) >= size:
-    return jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      (stride, stride),
-      [(pad, pad), (pad, pad)],
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-  x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-  end_h, end_w = stride * (height - 1) + 1, stride * (width - 1) + 1
-  shifted = [
-    x[:, i : i + end_h : stride, j : j + end_w : stride]
-    for i in range(size)
-    for j in range(size)
-  ]
-  rows = jnp.concatenate(shifted, axis=-1).reshape(len(x) * height * width, -1)
-  y = rows @ kernel.reshape(-1, kernel.shape[-1])
-  return y.reshape(len(x), height, width, -1)
-
-
 class Conv(nn.Module):
-  """Convolution, padded so that stride 1 keeps the size."""
+  """Convolution, padded by kernel // 2 so that stride 1 keeps the size."""
 
   features: int
   kernel: int = 3
@@ -98,7 +66,14 @@ class Conv(nn.Module):
       y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
       y = y.reshape(*x.shape[:-1], self.features)
     else:
-      y = conv2d(x, kernel, self.stride)
+      pad = (self.kernel // 2, self.kernel // 2)
+      y = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (self.stride, self.stride),
+        (pad, pad),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      )
     if self.use_bias:
       init = initializers.fan_in_uniform(self.kernel**2 * x.shape[-1])
       y += self.param("bias", init, (self.features,)).astype(y.dtype)
