@@ -1,15 +1,24 @@
 """What every backbone must do: stages, causality, cost, errors, BatchNorm."""
 
+import functools
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import traverse_util
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
 from l2w_jax.models import initializers, layers
 from l2w_jax.models.layers import conv2d
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import scaling  # noqa: E402
 
 SMALL = {
   "msdnet": ("msdnet", dict(num_exits=3)),
@@ -191,6 +200,57 @@ def test_batch_norm_needs_two_values():
   )
   with pytest.raises(ValueError, match="more than one value per channel"):
     norm.apply(variables, x, layers.Mode(train=True), mutable=["batch_stats"])
+
+
+# Prints by how much the variances of two norms on four devices are wrong, for each
+# ratio of mean to standard deviation.
+FAR_FROM_ZERO = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from l2w_jax.models import layers
+
+def variances(x):
+  images, ones = [x, x[..., :2]], [jnp.ones(6), jnp.ones(2)]
+  return layers._normalize("devices", images, ones, ones)[2]
+
+for ratio in (1, 100, 1000):
+  x = np.random.default_rng(ratio).normal(ratio, 1, (4, 8, 4, 4, 6))
+  x = x.astype(np.float32)
+  true = x.var((0, 1, 2, 3), dtype=float)
+  found = jax.pmap(variances, axis_name="devices")(x)
+  print(max(np.abs(var / true[: var.shape[-1]] - 1).max() for var in found))
+"""
+
+
+def test_the_variance_over_devices_is_right_far_from_zero():
+  flag = "--xla_force_host_platform_device_count=4"
+  done = subprocess.run(
+    [sys.executable, "-c", FAR_FROM_ZERO],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)},
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  errors = [float(line) for line in done.stdout.split()]
+  # Float32; the variance is that of float32's own values.
+  assert len(errors) == 3 and max(errors) < 1e-5
+
+
+def test_norms_of_one_depth_send_one_message():
+  norm = functools.partial(layers._normalize, "devices")
+  images = [jnp.ones((2, 2, 2, width)) for width in (3, 5)]
+  scales = [jnp.ones(3), jnp.ones(5)]
+
+  def messages(function, *arguments):
+    traced = jax.make_jaxpr(function, axis_env=[("devices", 4)])(*arguments)
+    return scaling.chain(traced.jaxpr)[0]
+
+  assert messages(norm, images, scales, scales) == 1
+  arguments = (images, scales, scales)
+  # The statistics, and the means of the derivative.
+  assert messages(lambda *a: jax.jvp(norm, a, a), *arguments) == 2
 
 
 @pytest.mark.parametrize(
