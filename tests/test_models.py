@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from flax import linen as nn
 from flax import traverse_util
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
-from l2w_jax.models import initializers, layers
+from l2w_jax.models import equilibrium, initializers, layers
+from l2w_jax.models.backbone import Backbone
 from l2w_jax.models.layers import conv2d
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -200,6 +202,59 @@ def test_batch_norm_needs_two_values():
   )
   with pytest.raises(ValueError, match="more than one value per channel"):
     norm.apply(variables, x, layers.Mode(train=True), mutable=["batch_stats"])
+
+
+class Bare(nn.Module):
+  """Without BatchNorm; a classifier is two layers, and is not called so."""
+
+  num_exits: int = 2
+  last: type[nn.Module] = layers.Linear
+
+  def setup(self):
+    self.trunk = [layers.Conv(4) for _ in range(2)]
+    self.narrow = [layers.Linear(3) for _ in range(2)]
+    self.answer = [self.last(5) for _ in range(2)]
+
+  def stage(self, k, carry, mode=layers.EVALUATE):
+    carry = jax.nn.relu(self.trunk[k](carry))
+    return carry, self.answer[k](self.narrow[k](carry.mean((1, 2))))
+
+
+@pytest.mark.parametrize("method", ["l2w", "equilibrium"])
+def test_a_network_without_batch_norm_is_trained(method):
+  backbone = Backbone(Bare(), 5, (8, 8, 1))
+  config = config_lib.load_config(str(ROOT / "configs/digits.py"))
+  config.method, config.batch = method, 8
+  state = l2w.init_state(jax.random.key(0), backbone, config)
+  assert state.batch_stats == {}
+  batch = {
+    "image": jax.random.normal(jax.random.key(1), (8, 8, 8, 1)),
+    "label": jnp.arange(8) % 5,
+  }
+  step = jax.jit(l2w.make_train_step(backbone, config, steps_per_epoch=1))
+  after, metrics = step(state, batch)
+  assert after.batch_stats == {} and np.isfinite(metrics["train_loss"]).all()
+  assert not np.array_equal(
+    backbone.apply(after.variables, batch["image"]),
+    backbone.apply(state.variables, batch["image"]),
+  )
+
+
+def test_classifiers_are_found_by_what_depends_on_them():
+  found = equilibrium.factors(Backbone(Bare(), 5, (8, 8, 1)))
+  assert {name: set(layer.values()) for name, layer in found.items()} == {
+    "trunk_0": {0.5},
+    "trunk_1": {1.0},
+    **{f"{layer}_{k}": {1.0} for layer in ("narrow", "answer") for k in range(2)},
+  }
+
+
+def test_a_layer_that_does_not_say_how_it_starts_is_refused():
+  backbone = Backbone(Bare(last=nn.Dense), 5, (8, 8, 1))
+  with pytest.raises(
+    ValueError, match="variable params/answer_0/bias does not say"
+  ):
+    backbone.init(jax.random.key(0))
 
 
 # Prints by how much the variances of two norms on four devices are wrong, for each
