@@ -466,3 +466,12 @@ def check_image_size(
       f"coarsest scale is {shrink} times smaller; use larger images or fewer "
       "scales"
     )
+
+
+def check_transition(width: int, reduction: float) -> None:
+  """Raises ValueError when a transition would be left without channels."""
+  if width == 0:
+    raise ValueError(
+      f"reduction {reduction} leaves a transition without channels; use a larger "
+      "one, or more channels or growth"
+    )
