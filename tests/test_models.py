@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from flax import linen as nn
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
@@ -429,13 +430,44 @@ def test_what_cannot_be_built_is_one_clear_error(name, image, changes, message):
     build(name, image, **changes)
 
 
-def test_unknown_model_and_too_few_classes():
-  config = config_lib.defaults().model
+def test_too_few_classes():
   with pytest.raises(ValueError, match="num_classes must be at least 2"):
-    l2w.build_backbone(config, 1, (32, 32, 3))
-  config.name = "resnet"
-  with pytest.raises(ValueError, match="choose one of msdnet, ranet"):
-    l2w.build_backbone(config, 10, (32, 32, 3))
+    l2w.build_backbone({}, 1, (32, 32, 3))
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    {"name": "msdnet", "num_exits": 4},
+    {"num_exits": 4, "growth_factors": [1, 2], "bottleneck_factors": [1, 2]},
+    {"name": "ranet", "block_step": 1},
+  ],
+)
+@pytest.mark.parametrize("kind", [dict, ConfigDict])
+def test_what_a_model_config_leaves_out_is_default(given, kind):
+  model = config_lib.defaults(given.get("name", "msdnet")).model
+  model.update(config_lib.from_dict(given))
+  found = l2w.build_backbone(kind(given), 5, (32, 32, 3))
+  assert found.module == l2w.build_backbone(model, 5, (32, 32, 3)).module
+  assert found.num_exits == 4
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    ({"exits": 4}, "model.exits does not exist; did you mean config.model.num_ex"),
+    ({"name": "ranet", "num_exits": 4}, "model.num_exits does not exist"),
+    ({"num_exits": 0}, "model.num_exits must be a whole number at least 1, got 0"),
+    ({"growth_factors": 3}, "model.growth_factors must be a tuple"),
+    ({"stem": ["cifar"]}, "model.stem must be one of"),
+    ({"name": "resnet"}, "unknown model 'resnet'.*one of 'msdnet', 'ranet'"),
+    ({"name": ["msdnet"]}, r"unknown model \['msdnet'\]"),
+  ],
+)
+def test_a_model_config_that_is_wrong_is_one_clear_error(given, message):
+  with pytest.raises(ValueError, match=message) as error:
+    l2w.build_backbone(given, 5, (32, 32, 3))
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
