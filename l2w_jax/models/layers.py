@@ -194,17 +194,13 @@ def _num_values(x: Image, axis_name: str | None) -> int:
   return count
 
 
-def _over_devices(vectors: PyTree, axis_name: str | None) -> PyTree:
-  """Means of vectors over all devices in one collective."""
-  if axis_name is None:
-    return vectors
-  vector, separate = jax.flatten_util.ravel_pytree(vectors)
-  return separate(jax.lax.pmean(vector, axis_name))
-
-
 def _means(images: PyTree, axis_name: str | None) -> PyTree:
   """Means per channel."""
-  return _over_devices(jax.tree.map(lambda x: x.mean((0, 1, 2)), images), axis_name)
+  means = jax.tree.map(lambda x: x.mean((0, 1, 2)), images)
+  if axis_name is None:
+    return means
+  vector, separate = jax.flatten_util.ravel_pytree(means)
+  return separate(jax.lax.pmean(vector, axis_name))
 
 
 def _moments(
@@ -216,17 +212,20 @@ def _moments(
     jnp.square(x - mean).mean((0, 1, 2))
     for x, mean in zip(images, means, strict=True)
   ]
-  if axis_name is not None:
-    # The variance over all devices is the mean variance plus the variance of
-    # the means.
-    means, squares, variances = _over_devices(
-      (means, [mean**2 for mean in means], variances), axis_name
-    )
-    variances = [
-      var + jnp.maximum(square - mean**2, 0)
-      for var, square, mean in zip(variances, squares, means, strict=True)
-    ]
-  return means, variances
+  if axis_name is None:
+    return means, variances
+  # Far from zero, the mean of all squares less the square of the mean would keep
+  # nothing of the variance; and where the devices' means are compared, the rounding
+  # of their sums counts.
+  means = [
+    mean + (x - mean).mean((0, 1, 2)) for x, mean in zip(images, means, strict=True)
+  ]
+  vector, separate = jax.flatten_util.ravel_pytree((means, variances))
+  means, variances = jax.vmap(separate)(jax.lax.all_gather(vector, axis_name))
+  variances = [
+    var.mean(0) + mean.var(0) for var, mean in zip(variances, means, strict=True)
+  ]
+  return [mean.mean(0) for mean in means], variances
 
 
 class ConvBNReLU(nn.Module):
@@ -441,4 +440,13 @@ def check_image_size(
       f"images of {height}×{width} pixels are too small for {reason}: the "
       f"coarsest scale is {shrink} times smaller; use larger images or fewer "
       "scales"
+    )
+
+
+def check_transition(width: int, reduction: float) -> None:
+  """Raises ValueError when a transition would be left without channels."""
+  if width == 0:
+    raise ValueError(
+      f"reduction {reduction} leaves a transition without channels; use a larger "
+      "one, or more channels or growth"
     )
