@@ -257,7 +257,7 @@ def test_what_does_not_fit_the_run_is_refused(workdir, tiny_config):
   with pytest.raises(ValueError, match="images of 16×16×1, but its data now"):
     evaluate.evaluate(workdir, tiny_config)
   path.write_text("{}")
-  with pytest.raises(ValueError, match="cannot use .*--mode=evaluate"):
+  with pytest.raises(ValueError, match="cannot use .*lacks .*--mode=evaluate"):
     early_exit.load(workdir)
   path.unlink()
   with pytest.raises(ValueError, match="missing; run .*--mode=evaluate"):

@@ -1,6 +1,5 @@
 """Thresholds for a stated target, against definitions and planted worlds."""
 
-import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
@@ -172,45 +171,3 @@ def test_where_no_early_exit_passes_the_full_network_is_the_answer():
     choice.thresholds, np.float32([np.inf, np.inf, -np.inf])
   )
   assert choice.macs == MACS[-1] and choice.accuracy == 1
-
-
-def test_dominating_thresholds_are_never_worse_on_their_split():
-  split = make_split(301, 8)
-  shares = exit_policy.proportions(np.arange(1, 40, 4) / 20, 3)
-  family = np.asarray(exit_policy.find_thresholds(split[0], shares, "held_out"))
-  found = exit_targets.dominate(*split, MACS, family, rounds=30)
-  gained = 0
-  for before, after in zip(family, found, strict=True):
-    accuracy, cost = scored(split, before)
-    other, other_cost = scored(split, after)
-    assert other >= accuracy and other_cost <= cost
-    gained += other > accuracy
-  assert gained > 0
-  assert (found[:, -1] == -np.inf).all() and found.dtype == np.float32
-
-
-def test_dominating_finds_what_one_q_cannot():
-  # Exit 1 is sure and wrong, exit 2 right: no sample should leave at exit 1.
-  rng = np.random.default_rng(9)
-  confidence = rng.random((200, 3)).astype(np.float32)
-  correct = np.tile([False, True, True], (200, 1))
-  shares = exit_policy.proportions([0.5], 3)
-  family = exit_policy.find_thresholds(confidence, shares)
-  accuracy, cost = scored((confidence, correct), np.asarray(family)[0])
-  found = exit_targets.dominate(confidence, correct, MACS, family)
-  better, paid = scored((confidence, correct), found[0])
-  # The budget of 2.4e6 buys exit 2 for seven tenths of them, (2.4 - 1) / 2.
-  assert accuracy < 0.5 and paid <= cost
-  assert better == pytest.approx((cost - 1e6) / 2e6, abs=0.02)
-
-
-def test_thresholds_may_be_jax_arrays():
-  split = make_split(50, 10)
-  found = exit_targets.dominate(
-    jnp.asarray(split[0]),
-    jnp.asarray(split[1]),
-    MACS,
-    jnp.asarray([[0.5, 0.5, -jnp.inf]]),
-    rounds=2,
-  )
-  assert found.shape == (1, 3)

@@ -44,6 +44,9 @@ def make_results(num_exits: int, method: str = "l2w", qs=QS) -> dict:
     "dataset": "digits",
     "num_classes": 10,
     "image_shape": [8, 8, 1],
+    "class_names": [str(digit) for digit in range(10)],
+    "mean": [0.3],
+    "std": [0.4],
     "samples": {"train": 1077, "calibration": 360, "test": 360},
     "params": 54321 + num_exits,
     "macs": macs,
@@ -63,6 +66,20 @@ def make_results(num_exits: int, method: str = "l2w", qs=QS) -> dict:
       for k in range(num_exits)
     ],
     "budgeted": budgeted,
+    "confidence": "margin",
+    "chosen": budgeted[0]
+    | {
+      "target": f"q:{budgeted[0]['q']:g}",
+      "calibration_macs": 1.01 * budgeted[0]["macs"],
+      "exit_accuracy": accuracy,
+      "classes": [
+        {"class": "3", "accuracy": 0.9, "macs": 4e5, "left": [6] * num_exits}
+      ],
+    },
+    "temperatures": [
+      {"exit": k + 1, "temperature": 1.5, "ece": 0.05, "ece_scaled": 0.01}
+      for k in range(num_exits)
+    ],
     "complete": True,
   }
 
@@ -302,33 +319,30 @@ def test_missing_or_broken_file_is_named_with_what_to_run(tmp_path, name, mode):
   assert not (tmp_path / "report").exists()
 
 
-def spoil(results: dict, change: str) -> None:
-  match change:
-    case "it lacks 'anytime'":
-      del results["anytime"]
-    case "its 'samples' lacks 'test'":
-      del results["samples"]["test"]
-    case "an entry of its 'budgeted' lacks 'macs'":
-      del results["budgeted"][3]["macs"]
-    case "not all of its 3 exits":
-      results["budgeted"][3]["exits"].pop()
-
-
 @pytest.mark.parametrize(
-  "change",
+  ("change", "says"),
   [
-    "it lacks 'anytime'",
-    "its 'samples' lacks 'test'",
-    "an entry of its 'budgeted' lacks 'macs'",
-    "not all of its 3 exits",
+    (lambda results: results.pop("anytime"), "it lacks 'anytime'"),
+    # Of a release that chose no operating point.
+    (lambda results: results.pop("chosen"), "it lacks 'chosen'"),
+    (lambda results: results["samples"].pop("test"), "its 'samples' lacks 'test'"),
+    (
+      lambda results: results["budgeted"][3].pop("macs"),
+      "an entry of its 'budgeted' lacks 'macs'",
+    ),
+    (lambda results: results["chosen"]["exits"].pop(), "not all of its 3 exits"),
+    (
+      lambda results: results["budgeted"][3]["exits"].pop(),
+      "not all of its 3 exits",
+    ),
   ],
 )
-def test_incomplete_results_are_refused(tmp_path, change):
+def test_incomplete_results_are_refused(tmp_path, change, says):
   results = make_results(3)
-  spoil(results, change)
+  change(results)
   path = make_workdir(tmp_path, 3) / "results.json"
   path.write_text(json.dumps(results))
-  with pytest.raises(ValueError, match=change):
+  with pytest.raises(ValueError, match=f"{says}.*--mode=evaluate"):
     write_report(tmp_path)
 
 
@@ -376,27 +390,16 @@ def test_embedded_digits_are_what_their_page_says():
 def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path):
   workdir = make_workdir(tmp_path, 3)
   results = make_results(3)
-  results |= {
-    "confidence": "margin",
-    "dominating": results["budgeted"],
-    "chosen": {
-      "target": "macs:9e5",
-      "calibration_accuracy": 0.97,
-      "accuracy": 0.9612,
-      "calibration_macs": 8.8e5,
-      "macs": 8.9e5,
-      "exits": [0.5, 0.5, 0.0],
-      "exit_accuracy": [0.98, 0.9424, None],
-      "classes": [
-        {"class": "<cat>", "accuracy": 0.9, "macs": 9e5, "left": [5, 5, 0]},
-        {"class": "none", "accuracy": None, "macs": None, "left": [0, 0, 0]},
-      ],
-    },
-    "temperatures": [
-      {"exit": k, "temperature": 1.5, "ece": 0.05, "ece_scaled": 0.0123}
-      for k in (1, 2, 3)
+  results["chosen"] |= {
+    "target": "macs:9e5",
+    "exits": [0.5, 0.5, 0.0],
+    "exit_accuracy": [0.98, 0.9424, None],
+    "classes": [
+      {"class": "<cat>", "accuracy": 0.9, "macs": 9e5, "left": [5, 5, 0]},
+      {"class": "none", "accuracy": None, "macs": None, "left": [0, 0, 0]},
     ],
   }
+  results["temperatures"][1]["ece_scaled"] = 0.0123
   (workdir / "results.json").write_text(json.dumps(results))
   row = {
     "kind": "early",

@@ -51,15 +51,6 @@ from l2w_jax.training import checkpoint
 # CPU the arrays of 32 images stay in its caches.
 WIDTHS = {"cpu": (1, 8, 32), "gpu": (1, 16, 256)}
 PASSES = {"cpu": 2}  # side by side in a call longer than a batch; others have 1
-NEEDED = (
-  "num_classes",
-  "image_shape",
-  "class_names",
-  "mean",
-  "std",
-  "confidence",
-  "chosen",
-)  # of results.json
 Numbers = ArrayLike | Sequence[float]
 
 
@@ -433,7 +424,7 @@ def load(workdir: pathlib.Path | str) -> EarlyExit:
   """
   workdir = pathlib.Path(workdir)
   config = directory.read_config(workdir)
-  results = directory.read_results(workdir, *NEEDED)
+  results = directory.read_results(workdir)
   backbone = models.build_backbone(
     config.model, results["num_classes"], tuple(results["image_shape"])
   )

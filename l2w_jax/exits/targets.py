@@ -9,8 +9,8 @@
 The family is the exponential one of `exit_policy.find_thresholds`, for 241 q
 from 1/1000 to 1000 and both ends: everyone leaves first, everyone leaves last.
 All but `risk` hold on the calibration split itself and promise nothing of other
-samples. `dominate` searches beyond the family. Shapes: N samples of the
-calibration split, K exits, Q threshold vectors; cost in MACs per sample.
+samples. Shapes: N samples of the calibration split, K exits, Q threshold vectors;
+cost in MACs per sample.
 """
 
 from __future__ import annotations
@@ -93,60 +93,53 @@ def choose(
   # Refuses bad splits before anything is searched.
   exit_policy.exits_taken(confidence, np.zeros(np.shape(macs)))
   exit_policy.anytime(correct, macs)
-  split = (
-    np.asarray(confidence),
-    np.asarray(correct, bool),
-    np.asarray(macs, np.float64),
+  confidence, correct = np.asarray(confidence), np.asarray(correct, bool)
+  macs = np.asarray(macs, np.float64)
+  if target.kind == "q":
+    thresholds = _find(confidence, target.values[0], calibration)
+  elif target.kind == "risk":
+    thresholds = _for_risk(confidence, correct, macs, *target.values, calibration)
+  else:
+    family = _family(confidence, calibration)
+    right, cost = _score(confidence, correct, macs, family)
+    if target.kind == "macs":
+      found = _for_macs(right, cost, target.values[0])
+    else:
+      found = _for_accuracy(right, cost, target.values[0], len(correct))
+    thresholds = family[found]
+  right, left = exit_policy.counts(confidence, correct, thresholds)
+  exits = np.asarray(left) / len(correct)
+  return Choice(
+    thresholds, int(right.sum()) / len(correct), float(exits @ macs), exits
   )
-  match target.kind:
-    case "q":
-      found = exit_policy.find_thresholds(
-        confidence,
-        exit_policy.proportions(target.values[0], len(split[2])),
-        calibration=calibration,
-      )
-      return _choice(*split, np.asarray(found))
-    case "macs":
-      return _for_macs(*split, target.values[0], calibration)
-    case "accuracy":
-      return _for_accuracy(*split, target.values[0], calibration)
-    case _:
-      return _for_risk(*split, *target.values, calibration)
 
 
-def _for_macs(confidence, correct, macs, most, calibration) -> Choice:
-  family = _family(confidence, calibration)
-  right, cost = _score(confidence, correct, macs, family)
-  allowed = cost <= most
-  if not allowed.any():
+def _for_macs(right, cost, most) -> np.integer:
+  """The most accurate within a cost; of equally accurate ones the cheapest."""
+  allowed = np.flatnonzero(cost <= most)
+  if not len(allowed):
     raise ValueError(
       f"no thresholds cost at most {most:g} MACs on average: the nearest is "
       f"{cost.min():g}, where everyone leaves at the first exit"
     )
-  # Of equally accurate ones the cheapest.
-  best = max(np.flatnonzero(allowed), key=lambda i: (right[i], -cost[i]))
-  return _choice(confidence, correct, macs, family[best])
+  return max(allowed, key=lambda i: (right[i], -cost[i]))
 
 
-def _for_accuracy(confidence, correct, macs, least, calibration) -> Choice:
-  family = _family(confidence, calibration)
-  right, cost = _score(confidence, correct, macs, family)
+def _for_accuracy(right, cost, least, num_samples) -> np.integer:
+  """The cheapest of an accuracy; of equally cheap ones the most accurate."""
   # In whole samples, so that rounding decides nothing.
-  allowed = right >= math.ceil(least * len(correct) - 1e-6)
-  if not allowed.any():
-    near = max(range(len(family)), key=lambda i: (right[i], -cost[i]))
+  allowed = np.flatnonzero(right >= math.ceil(least * num_samples - 1e-6))
+  if not len(allowed):
+    near = max(range(len(right)), key=lambda i: (right[i], -cost[i]))
     raise ValueError(
-      f"no thresholds reach accuracy {least:g} on the {len(correct)} "
-      f"calibration samples: the nearest is {right[near] / len(correct):.4f},"
+      f"no thresholds reach accuracy {least:g} on the {num_samples} "
+      f"calibration samples: the nearest is {right[near] / num_samples:.4f},"
       f" at {cost[near]:g} MACs"
     )
-  best = min(np.flatnonzero(allowed), key=lambda i: (cost[i], -right[i]))
-  return _choice(confidence, correct, macs, family[best])
+  return min(allowed, key=lambda i: (cost[i], -right[i]))
 
 
-def _for_risk(
-  confidence, correct, macs, most, delta, calibration, seed=0
-) -> Choice:
+def _for_risk(confidence, correct, macs, most, delta, calibration) -> np.ndarray:
   """Learn Then Test by fixed-sequence testing (Angelopoulos et al., 2021).
 
   A sample is harmed if the full network is right and its early answer is not,
@@ -160,7 +153,7 @@ def _for_risk(
   """
   from scipy import special  # JAX needs it anyway
 
-  order = np.random.default_rng(seed).permutation(len(correct))
+  order = np.random.default_rng(0).permutation(len(correct))
   first, second = order[::2], order[1::2]
   family = _family(confidence[first], calibration)
   _, cost = _score(confidence[first], correct[first], macs, family)
@@ -173,100 +166,28 @@ def _for_risk(
     if not len(second) or special.bdtr(count, len(second), most) > delta:
       break
     best = thresholds
-  return _choice(confidence, correct, macs, best)
-
-
-def dominate(
-  confidence: ArrayLike,
-  correct: ArrayLike,
-  macs: ArrayLike,
-  thresholds: ArrayLike,
-  rounds: int = 150,
-  children: int = 5,
-  seed: int = 0,
-) -> np.ndarray:
-  """Thresholds at least as accurate as those given, at no more mean MACs.
-
-  Both on the calibration split, exactly, for every row; on other samples it
-  may be otherwise, since this fits the split more closely. An evolution search:
-  each round moves some exits of the incumbents along the split's ranking, in
-  ever smaller steps, and every result is tried in the place of every row.
-
-  Args:
-    confidence, correct: [N K] on the calibration split.
-    macs: [K] cost up to each exit.
-    thresholds: [Q K]; row i's mean MACs are the budget of result i.
-    rounds, children: how many moves of each row, `children` in each round.
-    seed: of the moves.
-
-  Returns:
-    [Q K] in the dtype of the confidences.
-  """
-  rng = np.random.default_rng(seed)
-  confidence, correct = np.asarray(confidence), np.asarray(correct, bool)
-  macs = np.asarray(macs, np.float64)
-  best = np.array(thresholds, confidence.dtype)
-  num_samples, num_exits = confidence.shape
-  right, cost = _score(confidence, correct, macs, best)
-  budget = cost.copy()
-  # Position r of an exit's thresholds lets its r most confident samples go.
-  ranked = np.concatenate(
-    [
-      np.full((1, num_exits), np.inf, confidence.dtype),
-      np.sort(confidence, 0)[::-1],
-    ]
-  )
-  columns = np.arange(num_exits)
-
-  def position(found):
-    return np.stack(
-      [np.searchsorted(-ranked[:, k], -found[:, k], "right") - 1 for k in columns],
-      1,
-    )
-
-  for i in range(rounds):
-    scale = num_samples * 0.3 * 0.01 ** (i / rounds)
-    parents = np.repeat(position(best), children, 0)
-    moves = rng.normal(scale=scale, size=parents.shape)
-    moves *= rng.random(parents.shape) < 0.5
-    moved = np.clip(np.rint(parents + moves).astype(int), 0, num_samples)
-    tried = ranked[moved, columns]
-    tried[:, -1] = -np.inf
-    tried_right, tried_cost = _score(confidence, correct, macs, tried)
-    # [Q candidates]; lexicographic: first accuracy, then cost.
-    value = np.where(tried_cost <= budget[:, None], tried_right, -1)
-    value = value - tried_cost / (2 * macs[-1])
-    winner = value.argmax(1)
-    rows = np.arange(len(best))
-    better = value[rows, winner] > right - cost / (2 * macs[-1])
-    best[better] = tried[winner[better]]
-    right[better] = tried_right[winner[better]]
-    cost[better] = tried_cost[winner[better]]
   return best
 
 
-def _family(confidence: np.ndarray, calibration: str) -> np.ndarray:
-  """[Q K] thresholds; the first lets everyone go at once, the last nobody."""
-  num_exits = confidence.shape[1]
-  inside = exit_policy.find_thresholds(
-    confidence,
-    exit_policy.proportions(FAMILY_QS, num_exits),
-    calibration=calibration,
+def _find(confidence, q, calibration) -> np.ndarray:
+  """[K] thresholds, or [Q K] for Q values of q."""
+  shares = exit_policy.proportions(q, confidence.shape[1])
+  return np.asarray(
+    exit_policy.find_thresholds(confidence, shares, calibration=calibration)
   )
-  all_first, all_last = np.full((2, 1, num_exits), -np.inf, confidence.dtype)
+
+
+def _family(confidence, calibration) -> np.ndarray:
+  """[Q K] thresholds; the first lets everyone go at once, the last nobody."""
+  all_first, all_last = np.full(
+    (2, 1, confidence.shape[1]), -np.inf, confidence.dtype
+  )
   all_last[:, :-1] = np.inf
-  return np.concatenate([all_first, np.asarray(inside), all_last])
+  inside = _find(confidence, FAMILY_QS, calibration)
+  return np.concatenate([all_first, inside, all_last])
 
 
 def _score(confidence, correct, macs, thresholds):
   """(samples right [Q], mean MACs [Q]), exact up to one float64 division."""
   right, left = exit_policy.counts(confidence, correct, thresholds)
-  return (np.asarray(right).sum(-1), np.asarray(left) @ macs / len(confidence))
-
-
-def _choice(confidence, correct, macs, thresholds) -> Choice:
-  right, left = exit_policy.counts(confidence, correct, thresholds)
-  exits = np.asarray(left) / len(confidence)
-  return Choice(
-    thresholds, int(right.sum()) / len(confidence), float(exits @ macs), exits
-  )
+  return np.asarray(right).sum(-1), np.asarray(left) @ macs / len(confidence)

@@ -112,7 +112,6 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
         config.evaluate.calibration,
       ),
     },
-    "dominating": dominating(calibration, test, backbone.macs, thresholds),
     "temperatures": temperatures(calibration, chosen_on.labels, test),
     "step": int(state.step),
     "epochs": config.epochs,
@@ -172,43 +171,19 @@ def curves(
       }
       for k in range(len(macs))
     ],
-    "budgeted": _rows(thresholds, budgeted_calibration, budgeted),
+    "budgeted": [
+      {
+        "q": q,
+        "thresholds": [_json_number(t) for t in thresholds[i]],
+        "calibration_accuracy": float(budgeted_calibration.accuracy[i]),
+        "calibration_macs": float(budgeted_calibration.macs[i]),
+        "accuracy": float(budgeted.accuracy[i]),
+        "macs": float(budgeted.macs[i]),
+        "exits": [float(f) for f in budgeted.exits[i]],
+      }
+      for i, q in enumerate(QS)
+    ],
   }
-
-
-def _rows(thresholds, calibration, test) -> list[dict[str, Any]]:
-  return [
-    {
-      "q": q,
-      "thresholds": [_json_number(t) for t in thresholds[i]],
-      "calibration_accuracy": float(calibration.accuracy[i]),
-      "calibration_macs": float(calibration.macs[i]),
-      "accuracy": float(test.accuracy[i]),
-      "macs": float(test.macs[i]),
-      "exits": [float(f) for f in test.exits[i]],
-    }
-    for i, q in enumerate(QS)
-  ]
-
-
-def dominating(
-  calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array
-) -> list[dict[str, Any]]:
-  """The "dominating" list of results.json, one row per row of "budgeted".
-
-  Found by search on the calibration split, where no row is less accurate or
-  more costly than its counterpart; what the test split says is reported as is.
-  """
-  found = exit_targets.dominate(
-    calibration.confidence, calibration.correct, macs, thresholds
-  )
-  return _rows(
-    found,
-    *(
-      exit_policy.budgeted(scores.confidence, scores.correct, macs, found)
-      for scores in (calibration, test)
-    ),
-  )
 
 
 def operating_point(

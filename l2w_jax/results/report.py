@@ -614,10 +614,8 @@ def _budgeted_table(results: dict) -> str:
   )
 
 
-def _early_exit_sections(results: dict) -> str:
-  """The chosen operating point, dominating thresholds and calibration."""
-  if "chosen" not in results:
-    return ""
+def _early_exit_section(results: dict) -> str:
+  """The chosen operating point, by exit and by class, and calibration."""
   scale, unit = cost_scale(results)
   chosen = results["chosen"]
   by_exit = table(
@@ -666,33 +664,6 @@ def _early_exit_sections(results: dict) -> str:
       for entry in classes
     ],
   )
-  pairs = list(zip(results["budgeted"], results["dominating"], strict=True))
-  beyond = table(
-    [
-      "q",
-      f"mean {unit}",
-      "calibration accuracy",
-      "test accuracy",
-      f"searched: mean {unit}",
-      "calibration accuracy",
-      "test accuracy",
-    ],
-    [
-      [
-        f"{family['q']:g}",
-        *(
-          cell
-          for entry in (family, found)
-          for cell in (
-            f"{entry['macs'] / scale:.3f}",
-            _percent(entry["calibration_accuracy"]),
-            _percent(entry["accuracy"]),
-          )
-        ),
-      ]
-      for family, found in pairs[4::5] or pairs
-    ],
-  )
   return f"""<h2>Early exits at {escape(chosen["target"])}</h2>
 <p>Test accuracy {_percent(chosen["accuracy"])} at
 {chosen["macs"] / scale:.3f} {unit}; {_percent(chosen["calibration_accuracy"])}
@@ -701,12 +672,8 @@ where the thresholds were chosen. Confidence is {escape(results["confidence"])};
 temperatures are fitted on that split and judged on the test split, and change no
 exit.</p>
 {by_exit}
-<details><summary>By class, the most expensive first</summary>{by_class}</details>
-<h3>Thresholds beyond q</h3>
-<p>A search over threshold vectors, on the split it searches never less accurate
-nor more costly than the family of q. The test split says whether it kept what it
-gained.</p>
-{beyond}"""
+<details><summary>By class, the most expensive first</summary>
+{by_class}</details>"""
 
 
 def _chosen_on(results: dict) -> str:
@@ -830,7 +797,7 @@ def render_page(
 <h2>Where images leave</h2>
 {exits}
 {pictured}
-{_early_exit_sections(results)}
+{_early_exit_section(results)}
 {_latency_section(latency)}
 <h2>Weights against loss</h2>
 {weights}

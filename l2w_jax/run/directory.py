@@ -41,13 +41,20 @@ def _keys(names: str) -> dict[str, None]:
 # What the inputs must hold: {name: what is inside it, if that is looked at}; a
 # list stands for any number of entries of one shape.
 RESULTS_SHAPE = _keys(
-  "method dataset params params_to_exit macs step versions complete"
+  "method dataset num_classes image_shape class_names mean std params"
+  " params_to_exit macs confidence step versions complete"
 ) | {
   "samples": _keys("train calibration test"),
   "seconds": _keys("train"),
   "device": _keys("platform kind count"),
   "anytime": [_keys("exit macs accuracy calibration_accuracy")],
   "budgeted": [_keys("q thresholds calibration_accuracy accuracy macs exits")],
+  "chosen": _keys(
+    "target thresholds calibration_accuracy calibration_macs accuracy macs exits"
+    " exit_accuracy"
+  )
+  | {"classes": [_keys("class accuracy macs left")]},
+  "temperatures": [_keys("exit temperature ece ece_scaled")],
 }
 LATENCY_SHAPE = {
   "step": None,
@@ -144,19 +151,13 @@ def check_same_run(
     )
 
 
-def read_results(workdir: pathlib.Path, *needed: str) -> dict[str, Any]:
-  """What results.json holds, every name of `needed` too.
+def read_results(workdir: pathlib.Path) -> dict[str, Any]:
+  """What results.json holds.
 
   Raises:
     ValueError: it is missing, broken or of an earlier version.
   """
-
-  def parse(data):
-    results = _parse_results(data)
-    _require(dict.fromkeys(needed), results, "it")
-    return results
-
-  return _read(workdir, "results.json", "evaluate", parse)
+  return _read(workdir, "results.json", "evaluate", _parse_results)
 
 
 def read_metrics(workdir: pathlib.Path) -> dict[str, list[dict]]:
@@ -213,7 +214,7 @@ def check_same_images(
   Its weights alone do not tell: they take images of another size.
   """
   try:
-    results = read_results(workdir, "num_classes", "image_shape")
+    results = read_results(workdir)
   except ValueError:
     return  # not evaluated yet
   made_for = (results["num_classes"], tuple(results["image_shape"]))
@@ -273,8 +274,10 @@ def _parse_results(data: bytes) -> dict:
   results = json.loads(data)
   _require(RESULTS_SHAPE, results, "it")
   num_exits = len(results["macs"])
-  lengths = {len(results["anytime"]), len(results["params_to_exit"])}
-  for entry in results["budgeted"]:
+  lengths = {
+    len(results[name]) for name in ("anytime", "params_to_exit", "temperatures")
+  }
+  for entry in [*results["budgeted"], results["chosen"]]:
     lengths |= {len(entry["exits"]), len(entry["thresholds"])}
   if lengths != {num_exits} or not results["budgeted"]:
     raise ValueError(f"its curves are not all of its {num_exits} exits")
