@@ -418,7 +418,7 @@ def _default_values(keys: Mapping) -> dict[str, Any]:
 
 
 def _model_keys(model: Any) -> Mapping[str, Key]:
-  if model not in MODEL_KEYS:
+  if model not in tuple(MODEL_KEYS):  # a list has no hash
     raise ValueError(
       f"unknown model {model!r} in config.model.name; choose "
       f"one of {', '.join(map(repr, MODEL_KEYS))}"
@@ -510,6 +510,18 @@ def _check_first_order(key: str, names: Sequence[str], config: ConfigDict) -> No
     )
 
 
+def model_config(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+  """All keys of `config.model`: those given, validated, the others at defaults.
+
+  Raises:
+    ValueError: naming the key that is unknown or out of range.
+  """
+  keys = {**_NAME, **_model_keys(values.get("name", "msdnet"))}
+  model = {**_default_values(keys), **values}
+  _validate(model, keys, "config.model")
+  return from_dict(model)
+
+
 def check_key(key: str) -> None:
   """Raises ValueError unless a config, of whichever model, has this key.
 
@@ -538,7 +550,7 @@ def _holder(node: Mapping | ConfigDict, key: str) -> Mapping | ConfigDict:
 
 
 def _validate(values: Any, keys: Mapping, path: str) -> None:
-  if not isinstance(values, ConfigDict):
+  if not isinstance(values, Mapping | ConfigDict):
     raise ValueError(f"{path} must hold the keys {', '.join(keys)}, got {values!r}")
   for name in values:
     if name not in keys:

@@ -228,7 +228,7 @@ def test_equilibrium_is_what_the_scalings_at_the_branches_give():
   plain, scaled = jax.jit(
     lambda params: [jax.grad(loss)(params, scaled) for scaled in (False, True)]
   )(variables["params"])
-  factors = equilibrium.factors(backbone.module, backbone.image_shape)
+  factors = equilibrium.factors(backbone)
   ours = jax.tree.map(jnp.multiply, plain, factors)
   for name in plain:
     # The scaling of logits also reaches the classifier; the method's does not.

@@ -13,6 +13,7 @@ import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.training import microbatches
+from l2w_jax.training.step import make_half_step
 
 
 class InParts(Backbone):
@@ -113,26 +114,28 @@ def test_msdnet_in_microbatches():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "changes", [{"meta.interval": 2}, {"method": "uniform"}], ids=name_of
+  "method, update_wpn", [("l2w", True), ("l2w", False), ("uniform", False)]
 )
-def test_memory_falls_with_the_microbatch(changes):
-  config = test_parallel.make_config("all")
-  config.update_from_flattened_dict(changes)
+def test_memory_falls_with_the_microbatch(method, update_wpn):
+  config = test_parallel.make_config("all", method)
   backbone = test_parallel.make_msdnet()
   state = jax.eval_shape(
     lambda: l2w_jax.init_state(jax.random.key(0), backbone, config)
   )
-  batch = {
-    "image": jax.ShapeDtypeStruct((512, 8, 8, 1), jnp.float32),
-    "label": jax.ShapeDtypeStruct((512,), jnp.int32),
+  half = {
+    "image": jax.ShapeDtypeStruct((256, 8, 8, 1), jnp.float32),
+    "label": jax.ShapeDtypeStruct((256,), jnp.int32),
   }
+  key = jax.ShapeDtypeStruct((2,), jnp.uint32)
   needed = {}
   for num_parts in (1, 8):
     config.microbatches = num_parts
-    step = l2w_jax.make_train_step(backbone, config, steps_per_epoch=3)
-    needed[num_parts] = (
-      step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+    half_step = jax.jit(
+      make_half_step(backbone, config, steps_per_epoch=3),
+      static_argnames="update_wpn",
     )
+    compiled = half_step.lower(state, half, half, key, update_wpn=update_wpn)
+    needed[num_parts] = compiled.compile().memory_analysis().temp_size_in_bytes
   # Images, losses and gradients stay.
   assert needed[8] < 0.3 * needed[1]
 

@@ -1,15 +1,26 @@
 """What every backbone must do: stages, causality, cost, errors, BatchNorm."""
 
+import functools
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
+from flax import linen as nn
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
-from l2w_jax.models import initializers, layers
-from l2w_jax.models.layers import conv2d
+from l2w_jax.models import equilibrium, initializers, layers
+from l2w_jax.models.backbone import Backbone
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import scaling  # noqa: E402
 
 SMALL = {
   "msdnet": ("msdnet", dict(num_exits=3)),
@@ -193,57 +204,108 @@ def test_batch_norm_needs_two_values():
     norm.apply(variables, x, layers.Mode(train=True), mutable=["batch_stats"])
 
 
-@pytest.mark.parametrize(
-  "height, width, kernel, stride",
-  [
-    (8, 8, 3, 1),
-    (7, 9, 3, 2),
-    (8, 8, 3, 2),
-    (15, 14, 7, 2),
-    (1, 1, 3, 2),
-    (4, 3, 3, 2),
-  ],
-)
-def test_convolution_and_all_its_derivatives(height, width, kernel, stride):
-  """Against XLA's own convolution: gradient, its gradient, and a jvp of it."""
-  rng = np.random.default_rng(0)
-  x, k = (
-    rng.normal(size=(3, height, width, 4)),
-    rng.normal(size=(kernel, kernel, 4, 4)),
+class Bare(nn.Module):
+  """Without BatchNorm; a classifier is two layers, and is not called so."""
+
+  num_exits: int = 2
+  last: type[nn.Module] = layers.Linear
+
+  def setup(self):
+    self.trunk = [layers.Conv(4) for _ in range(2)]
+    self.narrow = [layers.Linear(3) for _ in range(2)]
+    self.answer = [self.last(5) for _ in range(2)]
+
+  def stage(self, k, carry, mode=layers.EVALUATE):
+    carry = jax.nn.relu(self.trunk[k](carry))
+    return carry, self.answer[k](self.narrow[k](carry.mean((1, 2))))
+
+
+@pytest.mark.parametrize("method", ["l2w", "equilibrium"])
+def test_a_network_without_batch_norm_is_trained(method):
+  backbone = Backbone(Bare(), 5, (8, 8, 1))
+  config = config_lib.load_config(str(ROOT / "configs/digits.py"))
+  config.method, config.batch = method, 8
+  state = l2w.init_state(jax.random.key(0), backbone, config)
+  assert state.batch_stats == {}
+  batch = {
+    "image": jax.random.normal(jax.random.key(1), (8, 8, 8, 1)),
+    "label": jnp.arange(8) % 5,
+  }
+  step = jax.jit(l2w.make_train_step(backbone, config, steps_per_epoch=1))
+  after, metrics = step(state, batch)
+  assert after.batch_stats == {} and np.isfinite(metrics["train_loss"]).all()
+  assert not np.array_equal(
+    backbone.apply(after.variables, batch["image"]),
+    backbone.apply(state.variables, batch["image"]),
   )
-  pad = (kernel // 2, kernel // 2)
 
-  def reference(x, k, stride):
-    return jax.lax.conv_general_dilated(
-      x, k, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
-  def results(conv):
-    def loss(x, k):
-      return jnp.sin(conv(jnp.tanh(conv(x, k, stride)), k, 1)).sum()
+def test_classifiers_are_found_by_what_depends_on_them():
+  found = equilibrium.factors(Backbone(Bare(), 5, (8, 8, 1)))
+  assert {name: set(layer.values()) for name, layer in found.items()} == {
+    "trunk_0": {0.5},
+    "trunk_1": {1.0},
+    **{f"{layer}_{k}": {1.0} for layer in ("narrow", "answer") for k in range(2)},
+  }
 
-    gradient = jax.grad(loss, (0, 1))
-    return (
-      loss(x, k),
-      gradient(x, k),
-      jax.grad(lambda x, k: sum(jnp.cos(g).sum() for g in gradient(x, k)), (0, 1))(
-        x, k
-      ),
-      jax.jvp(gradient, (x, k), (x, k))[1],
-      jax.vmap(lambda x: conv(x[None], k, stride))(x),
-    )
 
-  with jax.enable_x64(True):
-    x, k = jnp.asarray(x), jnp.asarray(k)
-    ours, theirs = (
-      jax.jit(lambda: results(conv2d))(),
-      jax.jit(lambda: results(reference))(),
-    )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9),
-    ours,
-    theirs,
+def test_a_layer_that_does_not_say_how_it_starts_is_refused():
+  backbone = Backbone(Bare(last=nn.Dense), 5, (8, 8, 1))
+  with pytest.raises(
+    ValueError, match="variable params/answer_0/bias does not say"
+  ):
+    backbone.init(jax.random.key(0))
+
+
+# Prints by how much the variances of two norms on four devices are wrong, for each
+# ratio of mean to standard deviation.
+FAR_FROM_ZERO = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from l2w_jax.models import layers
+
+def variances(x):
+  images, ones = [x, x[..., :2]], [jnp.ones(6), jnp.ones(2)]
+  return layers._normalize("devices", images, ones, ones)[2]
+
+for ratio in (1, 100, 1000):
+  x = np.random.default_rng(ratio).normal(ratio, 1, (4, 8, 4, 4, 6))
+  x = x.astype(np.float32)
+  true = x.var((0, 1, 2, 3), dtype=float)
+  found = jax.pmap(variances, axis_name="devices")(x)
+  print(max(np.abs(var / true[: var.shape[-1]] - 1).max() for var in found))
+"""
+
+
+def test_the_variance_over_devices_is_right_far_from_zero():
+  flag = "--xla_force_host_platform_device_count=4"
+  done = subprocess.run(
+    [sys.executable, "-c", FAR_FROM_ZERO],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)},
+    timeout=120,
   )
+  assert done.returncode == 0, done.stderr
+  errors = [float(line) for line in done.stdout.split()]
+  # Float32; the variance is that of float32's own values.
+  assert len(errors) == 3 and max(errors) < 1e-5
+
+
+def test_norms_of_one_depth_send_one_message():
+  norm = functools.partial(layers._normalize, "devices")
+  images = [jnp.ones((2, 2, 2, width)) for width in (3, 5)]
+  scales = [jnp.ones(3), jnp.ones(5)]
+
+  def messages(function, *arguments):
+    traced = jax.make_jaxpr(function, axis_env=[("devices", 4)])(*arguments)
+    return scaling.chain(traced.jaxpr)[0]
+
+  assert messages(norm, images, scales, scales) == 1
+  arguments = (images, scales, scales)
+  # The statistics, and the means of the derivative.
+  assert messages(lambda *a: jax.jvp(norm, a, a), *arguments) == 2
 
 
 @pytest.mark.parametrize(
@@ -284,6 +346,24 @@ def test_initial_kernels_follow_their_law(initializer, name):
       "must name the same number of scales",
     ),
     ("msdnet", (32, 32, 3), {"growth": 3, "growth_factors": (1, 1, 2)}, "odd"),
+    (
+      "msdnet",
+      (32, 32, 3),
+      {"num_exits": 1, "prune": "min"},
+      "prune 'min' drops 2 of 3 scales.*more layers",
+    ),
+    (
+      "msdnet",
+      (32, 32, 3),
+      {"reduction": 0.02},
+      "reduction 0.02 leaves a transition",
+    ),
+    (
+      "msdnet, pruned at the end",
+      (32, 32, 3),
+      {"reduction": 0.02},
+      "reduction 0.02 leaves a transition",
+    ),
     ("ranet", (32, 32, 3), {"scales": (2, 3, 4)}, "must start at 1"),
     ("ranet", (32, 32, 3), {"scales": (1, 3, 3)}, "must start at 1"),
     ("ranet", (32, 32, 3), {"scales": (1, 2)}, "one entry for each"),
@@ -296,13 +376,44 @@ def test_what_cannot_be_built_is_one_clear_error(name, image, changes, message):
     build(name, image, **changes)
 
 
-def test_unknown_model_and_too_few_classes():
-  config = config_lib.defaults().model
+def test_too_few_classes():
   with pytest.raises(ValueError, match="num_classes must be at least 2"):
-    l2w.build_backbone(config, 1, (32, 32, 3))
-  config.name = "resnet"
-  with pytest.raises(ValueError, match="choose one of msdnet, ranet"):
-    l2w.build_backbone(config, 10, (32, 32, 3))
+    l2w.build_backbone({}, 1, (32, 32, 3))
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    {"name": "msdnet", "num_exits": 4},
+    {"num_exits": 4, "growth_factors": [1, 2], "bottleneck_factors": [1, 2]},
+    {"name": "ranet", "block_step": 1},
+  ],
+)
+@pytest.mark.parametrize("kind", [dict, ConfigDict])
+def test_what_a_model_config_leaves_out_is_default(given, kind):
+  model = config_lib.defaults(given.get("name", "msdnet")).model
+  model.update(config_lib.from_dict(given))
+  found = l2w.build_backbone(kind(given), 5, (32, 32, 3))
+  assert found.module == l2w.build_backbone(model, 5, (32, 32, 3)).module
+  assert found.num_exits == 4
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    ({"exits": 4}, "model.exits does not exist; did you mean config.model.num_ex"),
+    ({"name": "ranet", "num_exits": 4}, "model.num_exits does not exist"),
+    ({"num_exits": 0}, "model.num_exits must be a whole number at least 1, got 0"),
+    ({"growth_factors": 3}, "model.growth_factors must be a tuple"),
+    ({"stem": ["cifar"]}, "model.stem must be one of"),
+    ({"name": "resnet"}, "unknown model 'resnet'.*one of 'msdnet', 'ranet'"),
+    ({"name": ["msdnet"]}, r"unknown model \['msdnet'\]"),
+  ],
+)
+def test_a_model_config_that_is_wrong_is_one_clear_error(given, message):
+  with pytest.raises(ValueError, match=message) as error:
+    l2w.build_backbone(given, 5, (32, 32, 3))
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

@@ -16,84 +16,119 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from test_train_step import parts_in_order
 from toy import LinearExits
 
 import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax.data import order, resident, sources
+from l2w_jax.method import allocation, meta, weighting
 from l2w_jax.method import losses as losses_lib
-from l2w_jax.method import weighting
 from l2w_jax.models import wpn
 from l2w_jax.run import parallel
-from l2w_jax.training import loop as train
-from l2w_jax.training import scores
-from l2w_jax.training import step as train_step
+from l2w_jax.training import loop, scores
+from l2w_jax.training import step as step_lib
 from l2w_jax.training.state import adam, apply_updates, sgd
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, NUM_TRAIN = 2, 16, 40
-# What is planted in the source of the step, and where a device then errs.
-REAL_GRADIENT = (
-  "train_step",
-  "    gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))\n"
-  "    state = _real_step(optimizer, state, gradient, devices.across("
-  "batch_stats),\n                       learning_rate)\n"
-  "    state = state.replace(wpn_params",
-  "    gradient = meta.backbone_gradient(pull, weights)\n"
-  "    state = _real_step(optimizer, state, gradient, devices.across("
-  "batch_stats),\n                       learning_rate)\n"
-  "    state = state.replace(wpn_params",
-)
+STEPS_PER_EPOCH = order.steps_per_epoch(NUM_TRAIN, BATCH)
+
+
+def real_gradient_alone(patch):
+  own = own_gradients(patch)
+  right = step_lib.real_step
+
+  def real_step(optimizer, state, gradient, *rest):
+    return right(optimizer, state, own[-1], *rest)
+
+  patch.setattr(step_lib, "real_step", real_step)
+
+
+def pseudo_gradient_alone(patch):
+  own = own_gradients(patch)
+  right = step_lib.inner_sgd_step
+
+  def inner_sgd_step(optimizer, state, gradient, rate):
+    return right(optimizer, state, own[-1], rate)
+
+  patch.setattr(step_lib, "inner_sgd_step", inner_sgd_step)
+
+
+def own_gradients(patch):
+  """The gradients of a device, in the order in which a step is traced."""
+  found, right = [], meta.backbone_gradient
+
+  def backbone_gradient(*args):
+    found.append(right(*args))
+    return found[-1]
+
+  patch.setattr(meta, "backbone_gradient", backbone_gradient)
+  return found
+
+
+def meta_gradient_alone(patch):
+  found, right, right_step = [], meta.wpn_gradient, step_lib.wpn_step
+
+  def wpn_gradient(*args):
+    found.append(right(*args))
+    return found[-1]
+
+  def wpn_step(config, state, gradient, rate):
+    return right_step(config, state, found[-1][1], rate)
+
+  patch.setattr(meta, "wpn_gradient", wpn_gradient)
+  patch.setattr(step_lib, "wpn_step", wpn_step)
+
+
+def centred_alone(patch):
+  right = weighting.sample_weights
+  patch.setattr(weighting, "sample_weights", lambda *args: right(*args[:3]))
+
+
+def allocated_alone(patch):
+  def allocate(confidence, proportions):
+    own = jnp.split(confidence, 2)  # planted on two devices
+    return jnp.concatenate([allocation.allocate(x, proportions) for x in own])
+
+  patch.setitem(allocation.OBJECTIVES, "allocated", allocate)
+
+
 BUGS = {
-  "real gradient not averaged": REAL_GRADIENT,
-  "pseudo gradient not averaged": (
-    "meta",
-    "return sgd_step(average(backbone_gradient(pull, weights)))",
-    "return sgd_step(backbone_gradient(pull, weights))",
-  ),
-  "meta-gradient not averaged": (
-    "meta",
-    "has_aux=True)(wpn_params)\n"
-    "  return (look.average(meta_loss), aux), look.average(gradient)",
-    "has_aux=True)(wpn_params)\n  return (look.average(meta_loss), aux), gradient",
-  ),
-  "centred on each device": (
-    "weighting",
-    "mean = average(output.mean(keepdims=True))",
-    "mean = output.mean(keepdims=True)",
-  ),
-  "allocated on each device": (
-    "train_step",
-    "everyone = devices.gather(jax.lax.stop_gradient("
-    "confidence))\n"
-    "      allocated = allocate(everyone, proportions)",
-    "own = jax.lax.stop_gradient(confidence)\n"
-    "      allocated = devices.gather("
-    "allocate(own, proportions))",
-  ),
+  "real gradient not averaged": real_gradient_alone,
+  "pseudo gradient not averaged": pseudo_gradient_alone,
+  "meta-gradient not averaged": meta_gradient_alone,
+  "centred on each device": centred_alone,
+  "allocated on each device": allocated_alone,
 }
 
-# The same of the other form of the meta-gradient.
-V_NOT_AVERAGED = (
-  "meta",
-  "lambda gradient: look.sgd_step(look.average(gradient)),\n"
-  "      backbone_gradient(look.pull, weights))",
-  "look.sgd_step, look.average(backbone_gradient(look.pull, weights)))",
-)
 
-# That parts are blocks of what a device has.
-PARTS_IN_ORDER = (
-  "microbatches",
-  "size // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)",
-  "num_parts, size // num_parts, *x.shape[1:])",
-)
+def direction_alone(patch):
+  """The v of a device in the other form of the meta-gradient, not its mean."""
+  right = parallel.collectives
 
-# That each device normalises with its own statistics.
-LOCAL_BATCH_NORM = (
-  "train_step",
-  'half["image"],\n        train=True, axis_name=devices.axis_name)',
-  'half["image"],\n        train=True)',
-)
+  def collectives(*args):
+    devices = right(*args)
+
+    def mean(tree):  # its value, and the derivative of what it is the mean of
+      if not isinstance(tree, dict):
+        return devices.mean(tree)
+      return jax.tree.map(
+        lambda m, x: x + jax.lax.stop_gradient(m - x), devices.mean(tree), tree
+      )
+
+    return devices._replace(mean=mean)
+
+  patch.setattr(parallel, "collectives", collectives)
+
+
+def batchnorm_alone(patch):
+  right = step_lib.forward_pass
+
+  def forward_pass(backbone, devices, *rest):
+    return right(backbone, devices._replace(axis_name=None), *rest)
+
+  patch.setattr(step_lib, "forward_pass", forward_pass)
 
 
 def make_config(center_over="all", method="l2w") -> ConfigDict:
@@ -119,9 +154,10 @@ def make_config(center_over="all", method="l2w") -> ConfigDict:
 def make_dataset(config: ConfigDict) -> sources.Dataset:
   digits = sources.load(config.data)
   return digits._replace(
-    train=sources.Split(
-      digits.train.images[:NUM_TRAIN], digits.train.labels[:NUM_TRAIN]
-    )
+    train=digits.train.keep(np.arange(NUM_TRAIN)),
+    # Pixels less 4, over 8: float32 has these, in whatever order it gets there.
+    mean=np.array([4.0]),
+    std=np.array([8.0]),
   )
 
 
@@ -201,45 +237,49 @@ def start(config: ConfigDict, backbone):
 def run_steps(
   config: ConfigDict, backbone, state, num_devices: int, steps: int = STEPS
 ):
-  """(replicas of the state [D ...], metrics) after some steps."""
+  """(replicas of the state [D …], metrics of both halves of each step)."""
   with jax.enable_x64(True):
-    run = train.make_block_fn(
-      backbone, config, order.steps_per_epoch(NUM_TRAIN, BATCH), num_devices
+    feed = resident.ResidentFeed(
+      make_dataset(config), config, jax.random.key(1), num_devices
     )
-    state, block = run(
-      *(
-        parallel.replicate(x, num_devices)
-        for x in (
-          state,
-          resident.arrays(make_dataset(config)),
-          np.int32(steps),
-          jax.random.key_data(jax.random.key(1)),
-        )
-      )
-    )
+    step_fn = loop.Step(backbone, config, STEPS_PER_EPOCH, num_devices)
+    state, metrics = parallel.replicate(state, num_devices), []
+    for step in range(steps):
+      state, of_step = step_fn(state, feed.halves(step), step)
+      metrics.append(of_whole_halves(jax.device_get(of_step), num_devices))
     if num_devices == 1:
       state = jax.tree.map(lambda x: x[None], state)
-    block = parallel.first(block, num_devices)
-    return jax.device_get(state), jax.device_get(block)
+    return jax.device_get(state), metrics
+
+
+def of_whole_halves(metrics, num_devices: int):
+  """Metrics of the devices [D …] -> those of a half: scalars, and rows [B K].
+
+  Without the gradient of the WPN, which is in the state as Adam's moments.
+  """
+
+  def whole(x):
+    if num_devices == 1:
+      return x
+    return x[0] if x.ndim == 1 else x.reshape(-1, x.shape[-1])
+
+  return tuple(
+    {name: whole(x) for name, x in half.items() if name != "wpn_gradient"}
+    for half in metrics
+  )
 
 
 def relative_difference(ours, theirs) -> float:
-  """The largest difference of an array, relative to its largest value.
-
-  Infinite unless NaN, of a WPN update left out, are at the same places.
-  """
+  """The largest difference of an array, relative to its largest value."""
 
   def difference(a, b):
-    known = ~np.isnan(b)
-    if not np.array_equal(known, ~np.isnan(a)):
-      return np.inf
-    scale = max(np.max(np.abs(b), where=known, initial=0), 1e-300)
-    return float(np.max(np.abs(a - b), where=known, initial=0) / scale)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-300))
 
   return max(
     difference(a, b)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    if a.dtype != bool and a.size
+    if a.size
   )
 
 
@@ -251,15 +291,15 @@ def replicas_equal(state) -> bool:
   )
 
 
-def difference_of(state, block, one) -> dict:
+def difference_of(state, metrics, one) -> dict:
   """How far a run on many devices is from the one on one device."""
-  one_state, one_block = one
+  one_state, one_metrics = one
   return {
     "replicas_equal": replicas_equal(state),
     "state": relative_difference(
       *(jax.tree.map(lambda x: x[0], s) for s in (state, one_state))
     ),
-    "metrics": relative_difference(block, one_block),
+    "metrics": relative_difference(metrics, one_metrics),
   }
 
 
@@ -276,12 +316,9 @@ def compare(config: ConfigDict, backbone, num_devices: list[int], one=None):
   ]
 
 
-def compare_planted(bug, config, backbone, one) -> dict:
-  from test_train_step import plant
-
+def compare_planted(plant, config, backbone, one) -> dict:
   with pytest.MonkeyPatch.context() as patch:
-    plant(patch, [bug])
-    patch.setattr(train, "step_body", sys.modules["l2w_jax.train_step"].step_body)
+    plant(patch)
     return compare(config, backbone, [2], one)[1][0]
 
 
@@ -302,16 +339,15 @@ def local_step(config: ConfigDict, backbone, state, num_shards: int):
     ]
 
   with jax.enable_x64(True):
-    steps_per_epoch = order.steps_per_epoch(NUM_TRAIN, BATCH)
-    batch = jax.jit(resident.make_batch_fn(config, jax.random.key(1)))(
-      resident.arrays(make_dataset(config)), jnp.int32(0)
+    halves = jax.jit(resident.make_halves_fn(config))(
+      resident.arrays(make_dataset(config)),
+      jax.random.key_data(jax.random.key(1)),
+      jnp.int32(0),
     )
-    halves = [
-      jax.tree.map(lambda x, h=h: jnp.split(x, 2)[h], batch) for h in range(2)
-    ]
     alone = jax.jit(
-      train_step.half_step_body(backbone, config, steps_per_epoch=steps_per_epoch)
+      step_lib.make_half_step(backbone, config, steps_per_epoch=STEPS_PER_EPOCH)
     )
+    key = jax.random.key_data(jax.random.key(0))  # of methods that draw weights
 
     @jax.jit
     def real_gradient(state, half):
@@ -333,7 +369,7 @@ def local_step(config: ConfigDict, backbone, state, num_shards: int):
 
     for train_half, meta_half in (halves, halves[::-1]):
       runs = [
-        alone(state, *pair)
+        alone(state, *pair, key)
         for pair in zip(shards(train_half), shards(meta_half), strict=True)
       ]
       updates, wpn_opt_state = adam(config.meta).update(
@@ -391,6 +427,85 @@ def compare_scores(num_devices: int) -> bool:
   return len(found[1].confidence) == len(dataset.test.labels)
 
 
+def random_weights(num_devices: int) -> list:
+  """[H D B/D K] weights of the first step, drawn by devices that do not sync."""
+  config = make_config(method="random")
+  config.sync = "local"
+  feed = resident.ResidentFeed(
+    make_dataset(config), config, jax.random.key(1), num_devices
+  )
+  state = l2w_jax.init_state(jax.random.key(0), Linear(), config)
+  step = loop.Step(Linear(), config, STEPS_PER_EPOCH, num_devices)
+  _, metrics = step(parallel.replicate(state, num_devices), feed.halves(0), 0)
+  return [np.asarray(half["weights"]).tolist() for half in metrics]
+
+
+def placements(num_devices: int) -> dict:
+  """Whether row d of what is placed lies on device d, and holds what it should."""
+  x = np.arange(12 * num_devices).reshape(-1, 3, 2)
+
+  def found(placed, expected):
+    shards = placed.addressable_shards
+    return (
+      [shard.device for shard in shards] == jax.devices()[:num_devices]
+      and [shard.index[0].indices(num_devices)[:2] for shard in shards]
+      == [(d, d + 1) for d in range(num_devices)]
+      and np.array_equal(placed, expected)
+    )
+
+  scalar, array = parallel.replicate((np.float32(3), x), num_devices)
+  return {
+    "scalar": found(scalar, [3] * num_devices),
+    "array": found(array, np.stack([x] * num_devices)),
+    "rows": found(
+      parallel.split_rows(x, num_devices), x.reshape(num_devices, -1, 3, 2)
+    ),
+  }
+
+
+def data_on_the_first(patch):
+  right = parallel.replicate
+
+  def replicate(tree, num_devices):
+    if not isinstance(tree, tuple):  # the data set and its key
+      return right(tree, num_devices)
+    return jax.tree.map(
+      lambda x: jnp.broadcast_to(x, (num_devices, *jnp.shape(x))), tree
+    )
+
+  patch.setattr(parallel, "replicate", replicate)
+
+
+def copy_is_seen(num_devices: int) -> bool:
+  """Whether `run_guarded` stops where all rows lie on the first device."""
+  with pytest.MonkeyPatch.context() as patch:
+    data_on_the_first(patch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="device-to-device"):
+      run_guarded(num_devices)
+  return True
+
+
+def run_guarded(num_devices: int) -> None:
+  """Two steps and a scoring; raises where an array has to be copied for them."""
+  config = make_config(method="uniform")
+  dataset = make_dataset(config)
+  state = parallel.replicate(
+    l2w_jax.init_state(jax.random.key(0), Linear(), config), num_devices
+  )
+  step_fn = loop.Step(Linear(), config, STEPS_PER_EPOCH, num_devices)
+  feed = resident.ResidentFeed(dataset, config, jax.random.key(1), num_devices)
+  score = scores.compile_scorer(
+    state.variables, Linear(), dataset, config, num_devices
+  )
+  with (
+    jax.transfer_guard_device_to_device("disallow"),
+    jax.transfer_guard_host_to_device("disallow"),
+  ):
+    for step in range(2):
+      state, _ = step_fn(state, feed.halves(step), step)
+    score(state.variables, dataset.test)
+
+
 def print_grid(cases, *arguments):
   """A line for each case as it is done; the worst of all at the end."""
   worst = {"state": 0.0, "metrics": 0.0, "replicas_equal": True, "cases": 0}
@@ -404,7 +519,13 @@ def print_grid(cases, *arguments):
 
 
 def main():
-  results = {"scores": compare_scores(4)}
+  run_guarded(4)
+  results = {
+    "scores": compare_scores(4),
+    "placements": placements(4),
+    "copy is seen": copy_is_seen(4),
+    "random weights": random_weights(2),
+  }
   for center_over in ("exits", "batch", "all"):
     config = make_config(center_over)
     one, results[f"linear {center_over}"] = compare(config, Linear(), [2, 4])
@@ -415,10 +536,12 @@ def main():
     one = run_steps(config, Linear(), start(config, Linear()), 1)
     config.meta.estimator = "jvp"
     _, results[f"linear {center_over} jvp"] = compare(config, Linear(), [1, 4], one)
-  results["v not averaged"] = compare_planted(V_NOT_AVERAGED, config, Linear(), one)
+  results["v not averaged"] = compare_planted(
+    direction_alone, config, Linear(), one
+  )
   config.meta.estimator = "unroll:2"
   one, results["linear unroll"] = compare(config, Linear(), [4])
-  results["parts in order"] = compare_planted(PARTS_IN_ORDER, config, Linear(), one)
+  results["parts in order"] = compare_planted(parts_in_order, config, Linear(), one)
   config.meta.update(estimator="first_order", center_over="exits")
   one, results["linear first order"] = compare(config, Linear(), [2])
   for method in ("uniform", "random", "easy_early"):
@@ -433,7 +556,7 @@ def main():
       config.meta.estimator = "jvp"
     _, results[f"msdnet {center_over}"] = compare(config, msdnet, [n], one)
   results["BatchNorm"] = compare_planted(
-    LOCAL_BATCH_NORM, config, make_msdnet(), one
+    batchnorm_alone, config, make_msdnet(), one
   )
   results["local linear"] = compare_local(make_config("all"), Linear())
   results["local msdnet"] = compare_local(make_config("batch"), make_msdnet())
@@ -530,12 +653,18 @@ def test_scores_do_not_depend_on_the_number_of_devices(results):
   assert results["scores"] is True
 
 
-def test_rows_are_split_in_order():
-  x = np.arange(24).reshape(12, 2)
-  split = parallel.split_rows(x, 3)
-  assert split.shape == (3, 4, 2)
-  np.testing.assert_array_equal(split.reshape(12, 2), x)
-  assert parallel.split_rows(x, 1) is x
+def test_each_row_lies_on_its_device(results):
+  assert results["placements"] == {"scalar": True, "array": True, "rows": True}
+  # And in `run_guarded` nothing was copied from device to device later on.
+  assert results["copy is seen"]
+
+
+def test_each_device_and_half_draws_weights_of_its_own(results):
+  weights = np.array(results["random weights"])  # [H D B/D K]
+  shares = weights.reshape(4, -1)
+  for i in range(4):
+    for j in range(i):
+      assert np.abs(shares[i] - shares[j]).min() > 0
 
 
 @pytest.mark.parametrize(

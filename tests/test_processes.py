@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import test_parallel as one_process
 from conftest import ROOT, tiny_flags
+from jax.experimental import multihost_utils
 
-from l2w_jax.data import feeds, order, sources
+from l2w_jax.data import feeds
 from l2w_jax.run import parallel
-from l2w_jax.training import loop as train
+from l2w_jax.training import loop, scores
 
 CASES = {
   "linear exits": ("linear", "exits", "resident"),
@@ -30,49 +31,37 @@ CASES = {
 
 
 def start_case(name):
-  """(config, backbone, state, data set) of a case."""
+  """(config, backbone, data set) of a case."""
   network, center_over, feed = CASES[name]
   config = one_process.make_config(center_over)
   config.data.feed = feed
   backbone = (
     one_process.Linear() if network == "linear" else one_process.make_msdnet()
   )
-  dataset = sources.load(config.data)
-  dataset = dataset._replace(
-    train=dataset.train.keep(np.arange(one_process.NUM_TRAIN))
-  )
-  return config, backbone, one_process.start(config, backbone), dataset
+  return config, backbone, one_process.make_dataset(config)
 
 
 def outcome(name, num_devices):
   """Leaves of state and metrics of the last of two steps."""
-  config, backbone, state, dataset = start_case(name)
-  key = jax.random.key(1)
+  config, backbone, dataset = start_case(name)
+  state = one_process.start(config, backbone)
   with jax.enable_x64(True):
-    feed = feeds.make_feed(dataset, config, key, num_devices)
-    run = train.make_block_fn(
-      backbone,
-      config,
-      order.steps_per_epoch(one_process.NUM_TRAIN, one_process.BATCH),
-      num_devices,
-      feed.make_batch_fn,
-    )
+    feed = feeds.make_feed(dataset, config, jax.random.key(1), num_devices)
+    step_fn = loop.Step(backbone, config, one_process.STEPS_PER_EPOCH, num_devices)
     state = parallel.replicate(state, num_devices)
+    step_fn.compile(state, feed.halves(0))
     for step in range(one_process.STEPS):
-      state, block = run(
-        state,
-        feed.data(step),
-        *parallel.replicate((np.int32(1), jax.random.key_data(key)), num_devices),
-      )
+      state, metrics = step_fn(state, feed.halves(step), step)
     feed.close()
-    return jax.device_get(
-      jax.tree.leaves(parallel.first((state, block), num_devices))
-    )
+    metrics = multihost_utils.process_allgather(metrics, tiled=True)
+    metrics = one_process.of_whole_halves(metrics, num_devices)
+    state = jax.device_get(parallel.first(state, num_devices))
+    return jax.tree.leaves((state, metrics))
 
 
-def scores(num_devices):
+def confidences(num_devices):
   """Confidences on a split whose size no batch divides."""
-  config, backbone, _, dataset = start_case("linear all")
+  config, backbone, dataset = start_case("linear all")
   variables = parallel.replicate(backbone.init(jax.random.key(0)), num_devices)
   score = scores.compile_scorer(variables, backbone, dataset, config, num_devices)
   return score(variables, dataset.test).confidence
@@ -90,7 +79,7 @@ def main(coordinator, num_processes, process_id, folder, *cases):
   np.savez(
     pathlib.Path(folder) / f"{process_id}.npz",
     **arrays,
-    scores=scores(num_devices),
+    scores=confidences(num_devices),
     devices=num_devices,
   )
 
@@ -150,7 +139,7 @@ def test_processes_agree_with_one(num_processes, devices, cases, tmp_path):
         leaves = [ours[f"{name} {j}"] for j in range(len(expected))]
         # Float64: sums over a batch in another order, through two steps.
         assert one_process.relative_difference(leaves, expected) < 1e-12
-      np.testing.assert_allclose(ours["scores"], scores(1), rtol=1e-5)
+      np.testing.assert_allclose(ours["scores"], confidences(1), rtol=1e-5)
 
 
 @pytest.mark.slow

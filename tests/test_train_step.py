@@ -616,7 +616,7 @@ def test_a_step_is_two_half_steps_bit_for_bit():
   )
 
 
-def test_an_interval_is_two_programs_without_a_choice(compilations):
+def test_an_interval_is_two_programs_without_a_choice():
   config = make_config(interval=2)
   texts = {
     update: lower_half_step(config, update).as_text() for update in (True, False)

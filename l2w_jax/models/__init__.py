@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
+from l2w_jax import config as config_lib
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.models.msdnet import MSDNet
 from l2w_jax.models.ranet import RANet
@@ -12,22 +16,23 @@ BACKBONES = {"msdnet": MSDNet, "ranet": RANet}
 
 
 def build_backbone(
-  config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]
+  config: Mapping[str, Any] | ConfigDict,
+  num_classes: int,
+  image_shape: tuple[int, int, int],
 ) -> Backbone:
   """Backbone of a model config (`config.model`).
 
   Args:
-    config: `name` picks the network, the other keys are its fields.
+    config: `name` picks the network, the other keys are its fields. What is left
+      out has its default.
     num_classes: C, at least 2.
     image_shape: (height, width, channels) in pixels.
 
   Raises:
-    ValueError: unknown name, or an image or grid the network cannot take.
+    ValueError: an unknown name or key, a value out of range, or an image or grid
+      the network cannot take.
   """
-  if config.name not in BACKBONES:
-    raise ValueError(
-      f"unknown model {config.name!r}; choose one of {', '.join(sorted(BACKBONES))}"
-    )
+  config = config_lib.model_config(config)
   if num_classes < 2:
     raise ValueError(f"num_classes must be at least 2, got {num_classes}")
   if len(image_shape) != 3:
@@ -36,10 +41,7 @@ def build_backbone(
     )
   network = BACKBONES[config.name]
   network.check(config, image_shape)
-  fields = {
-    name: tuple(value) if isinstance(value, (tuple, list)) else value
-    for name, value in config.items()
-  }
+  fields = config.to_dict()
   del fields["name"]
   remat, dtype = fields.pop("remat"), fields.pop("dtype")
   # `init` is a method of every Flax module.

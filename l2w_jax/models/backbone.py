@@ -6,7 +6,8 @@ method
     stage(k, carry, mode) -> (carry, logits [B C] of exit k)
 
 where the carry of stage 0 is the images. Training, cost per exit and real early
-exits all run the same stages. Variables are {"params": …, "batch_stats": …}.
+exits all run the same stages. Variables are {"params": …, "batch_stats": …}, the
+second empty without BatchNorm.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Backbone:
 
   def init(self, key: Array) -> Variables:
     """Fresh variables: parameters from `key`, running mean 0 and variance 1."""
-    return initializers.draw(key, self._declared)
+    return {"batch_stats": {}, **initializers.draw(key, self._declared)}
 
   def apply(
     self,
@@ -121,7 +122,7 @@ class Backbone:
     if not train:
       return run()
     logits, updated = run(mutable=["batch_stats"])
-    return logits, updated["batch_stats"]
+    return logits, updated.get("batch_stats", {})
 
   def stage(
     self, variables: Variables, k: int, carry: PyTree

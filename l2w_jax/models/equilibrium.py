@@ -16,41 +16,49 @@ input. So the method is one factor for each parameter.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 import numpy as np
-from flax import linen as nn
-from flax import traverse_util
+from jax.extend.core import ClosedJaxpr, Var
 from jaxtyping import PyTree
 
+from l2w_jax.models.backbone import Backbone
 
-def factors(module: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
+
+def factors(backbone: Backbone) -> PyTree:
   """One number for each parameter, in the structure of the parameters.
 
-  1 / (exits behind it, its own included) for what stage k is the first to run,
-  and 1 for the classifiers.
+  1 / (K - k) for what the carry of stage k is the first to depend on, k from 0: the
+  exits from k on are behind it. What no carry depends on only serves the logits of
+  one exit, whatever its name: it is of a classifier, and its factor is 1.
   """
-  first_stage = {}
-  stage = 0
 
-  def watch(call, args, kwargs, context):
-    first_stage.setdefault(context.module.path, stage)
-    return call(*args, **kwargs)
+  def carries(variables, carry):
+    found = []
+    for k in range(backbone.num_exits):
+      carry, _ = backbone.stage(variables, k, carry)
+      found.append(carry)
+    return found
 
-  def forward(module, carry):
-    nonlocal stage
-    for stage in range(module.num_exits):
-      carry, _ = module.stage(stage, carry)
+  variables = jax.eval_shape(backbone.init, jax.random.key(0))
+  images = jax.ShapeDtypeStruct((1, *backbone.image_shape), np.float32)
+  traced, shapes = jax.make_jaxpr(carries, return_shape=True)(variables, images)
+  outputs = jax.tree.unflatten(jax.tree.structure(shapes), traced.jaxpr.outvars)
+  found = {}
+  for k in reversed(range(backbone.num_exits)):
+    read = _read(traced, jax.tree.leaves(outputs[k]))
+    found |= dict.fromkeys(read, 1 / (backbone.num_exits - k))
+  *inputs, _ = traced.jaxpr.invars
+  return jax.tree.unflatten(
+    jax.tree.structure(variables), [found.get(x, 1.0) for x in inputs]
+  )["params"]
 
-  images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-  with nn.intercept_methods(watch):
-    variables = jax.eval_shape(
-      lambda images: module.init(jax.random.key(0), images, method=forward), images
-    )
 
-  def factor(path: tuple[str, ...]) -> float:
-    if path[0].startswith("classifier"):
-      return 1.0
-    return 1 / (module.num_exits - first_stage[path[:-1]])
-
-  params = traverse_util.flatten_dict(variables["params"])
-  return traverse_util.unflatten_dict({path: factor(path) for path in params})
+def _read(traced: ClosedJaxpr, outputs: Iterable) -> set[Var]:
+  """What some outputs of a traced function depend on, inputs included."""
+  read = {x for x in outputs if isinstance(x, Var)}
+  for eqn in reversed(traced.eqns):
+    if not read.isdisjoint(eqn.outvars):
+      read |= {x for x in eqn.invars if isinstance(x, Var)}
+  return read

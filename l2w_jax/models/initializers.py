@@ -78,10 +78,22 @@ def kernel(initializer: str):
 
 
 def draw(key: Array, declared: PyTree) -> PyTree:
-  """Arrays of JAX's default float for a tree of (abstract) declarations."""
-  leaves, tree = jax.tree.flatten(
+  """Arrays of JAX's default float for a tree of (abstract) declarations.
+
+  Raises:
+    ValueError: a variable of another kind, as Flax's own layers have.
+  """
+  named, tree = jax.tree.flatten_with_path(
     declared, is_leaf=lambda leaf: isinstance(leaf, Declared)
   )
+  for path, leaf in named:
+    if not isinstance(leaf, Declared):
+      raise ValueError(
+        f"variable {jax.tree_util.keystr(path, simple=True, separator='/')} does "
+        "not say how it starts; use a layer of l2w_jax.models.layers, or declare "
+        "it by l2w_jax.models.initializers"
+      )
+  leaves = [leaf for _, leaf in named]
   streams = {}
   for i, (law, sample) in enumerate(
     (

@@ -45,40 +45,8 @@ class Mode(NamedTuple):
 EVALUATE = Mode()
 
 
-def conv2d(
-  x: Image, kernel: Float[Array, "k k I O"], stride: int
-) -> Float[Array, "B _ _ O"]:
-  """Convolution padded by k // 2 on every side, with a square kernel.
-
-  Where the result is smaller than the kernel, as in the classifiers, it is the
-  product of the k² shifted images with the kernel: XLA:CPU exchanges the operands
-  of the convolution that is the input's gradient there, and takes five times as
-  long, which made an l2w step of MSDNet 8 % slower.
-  """
-  size, pad = kernel.shape[0], kernel.shape[0] // 2
-  height, width = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
-  if max(height, width) >= size:
-    return jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      (stride, stride),
-      [(pad, pad), (pad, pad)],
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-  x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-  end_h, end_w = stride * (height - 1) + 1, stride * (width - 1) + 1
-  shifted = [
-    x[:, i : i + end_h : stride, j : j + end_w : stride]
-    for i in range(size)
-    for j in range(size)
-  ]
-  rows = jnp.concatenate(shifted, axis=-1).reshape(len(x) * height * width, -1)
-  y = rows @ kernel.reshape(-1, kernel.shape[-1])
-  return y.reshape(len(x), height, width, -1)
-
-
 class Conv(nn.Module):
-  """Convolution, padded so that stride 1 keeps the size."""
+  """Convolution, padded by kernel // 2 so that stride 1 keeps the size."""
 
   features: int
   kernel: int = 3
@@ -98,7 +66,14 @@ class Conv(nn.Module):
       y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
       y = y.reshape(*x.shape[:-1], self.features)
     else:
-      y = conv2d(x, kernel, self.stride)
+      pad = (self.kernel // 2, self.kernel // 2)
+      y = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (self.stride, self.stride),
+        (pad, pad),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      )
     if self.use_bias:
       init = initializers.fan_in_uniform(self.kernel**2 * x.shape[-1])
       y += self.param("bias", init, (self.features,)).astype(y.dtype)
@@ -219,17 +194,13 @@ def _num_values(x: Image, axis_name: str | None) -> int:
   return count
 
 
-def _over_devices(vectors: PyTree, axis_name: str | None) -> PyTree:
-  """Means of vectors over all devices in one collective."""
-  if axis_name is None:
-    return vectors
-  vector, separate = jax.flatten_util.ravel_pytree(vectors)
-  return separate(jax.lax.pmean(vector, axis_name))
-
-
 def _means(images: PyTree, axis_name: str | None) -> PyTree:
   """Means per channel."""
-  return _over_devices(jax.tree.map(lambda x: x.mean((0, 1, 2)), images), axis_name)
+  means = jax.tree.map(lambda x: x.mean((0, 1, 2)), images)
+  if axis_name is None:
+    return means
+  vector, separate = jax.flatten_util.ravel_pytree(means)
+  return separate(jax.lax.pmean(vector, axis_name))
 
 
 def _moments(
@@ -241,17 +212,20 @@ def _moments(
     jnp.square(x - mean).mean((0, 1, 2))
     for x, mean in zip(images, means, strict=True)
   ]
-  if axis_name is not None:
-    # The variance over all devices is the mean variance plus the variance of
-    # the means.
-    means, squares, variances = _over_devices(
-      (means, [mean**2 for mean in means], variances), axis_name
-    )
-    variances = [
-      var + jnp.maximum(square - mean**2, 0)
-      for var, square, mean in zip(variances, squares, means, strict=True)
-    ]
-  return means, variances
+  if axis_name is None:
+    return means, variances
+  # Far from zero, the mean of all squares less the square of the mean would keep
+  # nothing of the variance; and where the devices' means are compared, the rounding
+  # of their sums counts.
+  means = [
+    mean + (x - mean).mean((0, 1, 2)) for x, mean in zip(images, means, strict=True)
+  ]
+  vector, separate = jax.flatten_util.ravel_pytree((means, variances))
+  means, variances = jax.vmap(separate)(jax.lax.all_gather(vector, axis_name))
+  variances = [
+    var.mean(0) + mean.var(0) for var, mean in zip(variances, means, strict=True)
+  ]
+  return [mean.mean(0) for mean in means], variances
 
 
 class ConvBNReLU(nn.Module):
@@ -466,4 +440,13 @@ def check_image_size(
       f"images of {height}×{width} pixels are too small for {reason}: the "
       f"coarsest scale is {shrink} times smaller; use larger images or fewer "
       "scales"
+    )
+
+
+def check_transition(width: int, reduction: float) -> None:
+  """Raises ValueError when a transition would be left without channels."""
+  if width == 0:
+    raise ValueError(
+      f"reduction {reduction} leaves a transition without channels; use a larger "
+      "one, or more channels or growth"
     )

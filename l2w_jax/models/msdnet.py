@@ -38,50 +38,43 @@ class LayerPlan(NamedTuple):
   transition: bool
 
 
-def block_depths(num_exits: int, base: int, step: int, step_mode: str) -> list[int]:
-  """Layers in each block: base, then `step` (even) or step·k + 1 (lin_grow)."""
-  grown = [
-    step if step_mode == "even" else step * k + 1 for k in range(1, num_exits)
-  ]
-  return [base, *grown]
+def plan(network) -> list[list[LayerPlan]]:
+  """The layers of every block of a model config, or of the `MSDNet` of one.
 
-
-def plan(
-  depths: list[int],
-  channels: int,
-  growth: int,
-  num_scales: int,
-  prune: str,
-  reduction: float,
-) -> list[list[LayerPlan]]:
-  """The layers of every block.
-
-  prune "max" drops a scale every ceil(depth / S) layers, with a transition
-  behind the layer that drops it. "min" keeps all scales until the last S
-  layers, with transitions at one and two thirds of the depth. reduction is
-  the fraction of channels that a transition keeps; 0 leaves transitions out.
+  Block 0 has `base` layers, block k `step` (even) or step·k + 1 (lin_grow). prune
+  "max" drops a scale every ceil(depth / S) layers, with a transition behind the
+  layer that drops it. "min" keeps all scales until the last S layers, with
+  transitions at one and two thirds of the depth. reduction is the fraction of
+  channels that a transition keeps; 0 leaves transitions out.
   """
+  num_scales = len(network.growth_factors)
+  depths = [network.base] + [
+    network.step if network.step_mode == "even" else network.step * k + 1
+    for k in range(1, network.num_exits)
+  ]
   total = sum(depths)
   interval = math.ceil(total / num_scales)
 
   def first_scale(depth: int) -> int:
-    if prune == "max":
+    if network.prune == "max":
       return max(depth - 1, 0) // interval
     return num_scales - min(num_scales, total - depth + 1)
 
-  blocks, depth = [], 0
+  blocks, depth, channels = [], 0, network.channels
   for num_layers in depths:
     block = []
     for _ in range(num_layers):
       depth += 1
       before, after = first_scale(depth - 1), first_scale(depth)
-      channels += growth
+      channels += network.growth
       block.append(LayerPlan(before, after, channels, transition=False))
       due = (
-        after > before if prune == "max" else depth in (total // 3, 2 * total // 3)
+        after > before
+        if network.prune == "max"
+        else depth in (total // 3, 2 * total // 3)
       )
-      if due and reduction > 0:
-        channels = math.floor(reduction * channels)
+      if due and network.reduction > 0:
+        channels = math.floor(network.reduction * channels)
         block.append(LayerPlan(after, after, channels, transition=True))
     blocks.append(block)
   return blocks
@@ -190,6 +183,15 @@ class MSDNet(nn.Module):
         "every scale after the first splits its growth in two; use an even "
         "product"
       )
+    grid = plan(config)
+    if grid[0][0].first_scale_in > 0:
+      raise ValueError(
+        f"prune 'min' drops {scales - 1} of {scales} scales in the last layers, "
+        "one in each, and there are fewer; use more layers (num_exits, base or "
+        "step), fewer scales, or prune 'max'"
+      )
+    for spec in itertools.chain(*grid):
+      layers.check_transition(spec.channels, config.reduction)
     layers.check_image_size(
       image_shape,
       (4 if config.stem == "imagenet" else 1) * 2 ** (scales - 1),
@@ -197,15 +199,6 @@ class MSDNet(nn.Module):
     )
 
   def setup(self):
-    depths = block_depths(self.num_exits, self.base, self.step, self.step_mode)
-    grid = plan(
-      depths,
-      self.channels,
-      self.growth,
-      len(self.growth_factors),
-      self.prune,
-      self.reduction,
-    )
     bottlenecks = (
       self.bottleneck_factors
       if self.bottleneck
@@ -231,12 +224,12 @@ class MSDNet(nn.Module):
     stem = layers.Stem(
       self.stem, widths, (2,) * (len(widths) - 1), self.initializer
     )
-    blocks = [[layer(spec) for spec in block] for block in grid]
+    blocks = [[layer(spec) for spec in block] for block in plan(self)]
     blocks[0].insert(0, stem)
     self.blocks = blocks
     self.classifier = [
       layers.Classifier(self.num_classes, self.classifier_width, self.initializer)
-      for _ in grid
+      for _ in blocks
     ]
 
   def stage(

@@ -42,10 +42,8 @@ class BlockPlan(NamedTuple):
   transition: bool
 
 
-def plan(
-  blocks: int, block_step: int, step: int, step_mode: str, scales: tuple[int, ...]
-) -> list[list[BlockPlan]]:
-  """The blocks of every flow.
+def plan(network) -> list[list[BlockPlan]]:
+  """The blocks of every flow of a model config, or of the `RANet` of one.
 
   Flow i has n = blocks + i · block_step blocks, block b with `step` layers
   (even) or step · (b + 1) (lg). A flow of scale s halves its resolution s - 1
@@ -53,15 +51,19 @@ def plan(
   s - 1 times, behind floor(j · n / s) blocks; the depths differ where two flows
   share a scale.
   """
-  ends = [blocks + i * block_step for i in range(len(scales))]
+  ends = [
+    network.blocks + i * network.block_step for i in range(len(network.scales))
+  ]
   flows = []
-  for i, (end, scale) in enumerate(zip(ends, scales, strict=True)):
+  for i, (end, scale) in enumerate(zip(ends, network.scales, strict=True)):
     down_at = ends[i - scale + 1 : i]
     transition_at = [j * end // scale for j in range(1, scale)]
     flows.append(
       [
         BlockPlan(
-          layers=step if step_mode == "even" else step * depth,
+          layers=network.step
+          if network.step_mode == "even"
+          else network.step * depth,
           fused=i > 0 and depth <= ends[i - 1],
           down=depth in down_at,
           transition=depth in transition_at,
@@ -171,11 +173,6 @@ class Block(nn.Module):
       x = jnp.concatenate([x, last], axis=-1)
     if self.spec.transition:
       width = math.floor(self.reduction * x.shape[-1])
-      if width == 0:
-        raise ValueError(
-          f"reduction {self.reduction} leaves none of {x.shape[-1]} "
-          "channels; use a larger one"
-        )
       x = conv(width, name="transition")(x, mode)
     return x, features
 
@@ -248,6 +245,15 @@ class RANet(nn.Module):
         f"reduction {config.reduction} must be above 0 and at most 1: a "
         "RANet cannot leave its transitions out"
       )
+    for flow, factor in zip(plan(config), config.growth_factors, strict=True):
+      width = config.channels * factor
+      for block in flow:
+        width += block.layers * config.growth * factor
+        if block.fused:
+          width += math.floor(config.compress * width)
+        if block.transition:
+          width = math.floor(config.reduction * width)
+          layers.check_transition(width, config.reduction)
     layers.check_image_size(
       image_shape,
       (4 if config.stem == "imagenet" else 1) * 2 ** (scales[-1] - 1),
@@ -266,9 +272,6 @@ class RANet(nn.Module):
       for finer, coarser in itertools.pairwise(self.scales[::-1])
     )
     self.first_layer = layers.Stem(self.stem, widths, strides)
-    flows = plan(
-      self.blocks, self.block_step, self.step, self.step_mode, self.scales
-    )
     self.flows = [
       [
         Block(
@@ -283,7 +286,7 @@ class RANet(nn.Module):
         )
         for spec in flow
       ]
-      for i, flow in enumerate(flows)
+      for i, flow in enumerate(plan(self))
     ]
     self.classifier = [
       layers.Classifier(self.num_classes, self.classifier_width, self.initializer)

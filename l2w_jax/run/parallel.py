@@ -206,12 +206,30 @@ def map_devices(
   """
   if num_devices == 1:
     return jax.jit(function, donate_argnums=donate_argnums)
-  return jax.pmap(
+  mapped = jax.pmap(
     function,
     AXIS,
     devices=jax.devices()[:num_devices],
     donate_argnums=donate_argnums,
   )
+  return mapped if jax.process_count() == 1 else _compiled_at_first(mapped)
+
+
+def _compiled_at_first(mapped: Callable) -> Callable:
+  """`mapped`, compiled for arguments like those of its first call.
+
+  Its results are then arrays of all processes, as those of `replicate` are. Those
+  of pmap itself are of this process alone, which no compiled function takes.
+  """
+  compiled = []
+
+  def call(*arguments):
+    if not compiled:
+      compiled.append(mapped.lower(*arguments).compile())
+    return compiled[0](*arguments)
+
+  call.lower = mapped.lower
+  return call
 
 
 def initialize(

@@ -132,9 +132,7 @@ def make_half_step(
   learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
   meta_gradient = _meta_gradient(backbone, config, devices)
   factors = (
-    equilibrium.factors(backbone.module, backbone.image_shape)
-    if config.method == "equilibrium"
-    else None
+    equilibrium.factors(backbone) if config.method == "equilibrium" else None
   )
 
   def half_step(
