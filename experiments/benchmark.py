@@ -157,6 +157,7 @@ class PyTorch:
         {
           **config.optimizer,
           "meta": dict(config.meta),
+          "device": {"gpu": "cuda"}.get(jax.default_backend(), "cpu"),
           "proportions": np.asarray(
             allocation.proportions(config.meta.q, program.backbone.num_exits)
           ).tolist(),

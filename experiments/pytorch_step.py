@@ -201,7 +201,7 @@ class Training:
 
   def __init__(self, weights, wpn_weights, settings):
     self.network, self.settings = MSDNet(weights), settings
-    self.network.to(next(iter(weights.values())).dtype)
+    self.network.to(next(iter(weights.values())))  # its device and type
     self.network.load_state_dict(weights)  # not through float32
     self.optimizer = torch.optim.SGD(
       self.network.parameters(),
@@ -210,7 +210,7 @@ class Training:
       weight_decay=settings["weight_decay"],
     )
     if wpn_weights:
-      self.wpn = WPN(wpn_weights).to(next(iter(wpn_weights.values())).dtype)
+      self.wpn = WPN(wpn_weights).to(next(iter(wpn_weights.values())))
       self.wpn.load_state_dict(wpn_weights)
       self.wpn_optimizer = torch.optim.Adam(
         self.wpn.parameters(),
@@ -325,7 +325,7 @@ def _losses(logits, labels):
 def _allocate(confidence, proportions):
   """[B K], one True per row: exits choose in order, the last takes the rest."""
   size = len(confidence)
-  free = torch.ones(size, dtype=torch.bool)
+  free = torch.ones(size, dtype=torch.bool, device=confidence.device)
   allocated = torch.zeros_like(confidence, dtype=torch.bool)
   for k, share in enumerate(proportions):
     due = size if k == len(proportions) - 1 else int(size * share)
@@ -339,11 +339,14 @@ def _allocate(confidence, proportions):
 def read(folder: pathlib.Path) -> tuple[Training, tuple]:
   """(what trains, (images, labels)) of a folder that benchmark.py wrote."""
 
+  settings = json.loads((folder / "settings.json").read_text())
+
   def tensors(name):
     with np.load(folder / name) as arrays:
-      return {key: torch.from_numpy(arrays[key]) for key in arrays}
+      return {
+        key: torch.from_numpy(arrays[key]).to(settings["device"]) for key in arrays
+      }
 
-  settings = json.loads((folder / "settings.json").read_text())
   batch = tensors("batch.npz")
   training = Training(tensors("weights.npz"), tensors("wpn.npz"), settings)
   return training, (batch["image"], batch["label"])
@@ -351,6 +354,7 @@ def read(folder: pathlib.Path) -> tuple[Training, tuple]:
 
 def main(folder: pathlib.Path) -> None:
   """Answers the words on standard input."""
+  torch.backends.cudnn.benchmark = True  # XLA chooses algorithms by time, too
   fresh, batch = read(folder)
   training = copy.deepcopy(fresh)
   print(
@@ -364,12 +368,15 @@ def main(folder: pathlib.Path) -> None:
       result |= {f"network.{k}": x for k, x in one.network.state_dict().items()}
       result |= {f"wpn.{k}": x for k, x in one.wpn.state_dict().items()}
       np.savez(
-        folder / f"{word[:-1]}.npz", **{k: x.numpy() for k, x in result.items()}
+        folder / f"{word[:-1]}.npz",
+        **{k: x.cpu().numpy() for k, x in result.items()},
       )
       print("{}", flush=True)
       continue
     began = time.perf_counter()
     getattr(training, word)(*batch)
+    if batch[0].is_cuda:
+      torch.cuda.synchronize()
     print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
 
 

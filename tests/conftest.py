@@ -18,6 +18,8 @@ os.environ.setdefault(
 # the time and compute the same numbers.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Commands are not to start a second time for huge pages; one test lets them.
+os.environ.setdefault("GLIBC_TUNABLES", "")
 
 from beartype import BeartypeConf, beartype  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

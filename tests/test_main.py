@@ -1,9 +1,13 @@
 """The command line: the first command end to end, and one line for an error."""
 
 import json
+import os
 import pathlib
+import platform
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, run_main, tiny_flags
@@ -260,6 +264,28 @@ def test_help():
   assert command.code == 0 and command.err == ""
   for name in ("--config", "--workdir", "--mode"):
     assert f"  {name}: " in command.out
+
+
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != "glibc", reason="the setting is glibc's"
+)
+@pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=1"])
+def test_a_command_asks_glibc_for_huge_pages_unless_told_otherwise(given):
+  script = (
+    "import os, sys; from l2w_jax.run import command; command.use_huge_pages(); "
+    "print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
+  )
+  env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+  env |= {} if given is None else {"GLIBC_TUNABLES": given}
+  done = subprocess.run(
+    [sys.executable, "-c", script, "a b"],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.stdout == f"{given or 'glibc.malloc.hugetlb=1'} a b\n", done.stderr
 
 
 def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):

@@ -7,6 +7,9 @@ command itself end in one line on standard error and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -39,6 +42,7 @@ def define_config(explanation: str) -> None:
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
   """Parses the flags and calls `main` with the arguments that are none."""
+  use_huge_pages()
   logging.set_verbosity(logging.WARNING)
 
   def guarded(argv: list[str]) -> None:
@@ -48,6 +52,20 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
       _fail(error)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def use_huge_pages() -> None:
+  """Starts this command again where glibc is to be told of huge pages.
+
+  XLA on CPUs allocates the temporary memory of a program at every call, and Linux
+  faults it in page by page: with 2 MiB pages a plain step of a network for CIFAR
+  takes a fifth less time (README, Speed). glibc reads the setting only when a
+  process starts. A GLIBC_TUNABLES of one's own, also an empty one, is left alone.
+  """
+  if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    with contextlib.suppress(OSError):
+      os.execv(sys.executable, sys.orig_argv)
 
 
 def _parse(argv: list[str]) -> list[str]:
