@@ -338,7 +338,6 @@ def _allocate(confidence, proportions):
 
 def read(folder: pathlib.Path) -> tuple[Training, tuple]:
   """(what trains, (images, labels)) of a folder that benchmark.py wrote."""
-
   settings = json.loads((folder / "settings.json").read_text())
 
   def tensors(name):
