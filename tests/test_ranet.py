@@ -39,6 +39,7 @@ def plan(blocks, block_step, step, step_mode, scales):
     step=step,
     step_mode=step_mode,
     scales=scales,
+    growth_factors=(1,) * len(scales),
   )
   return ranet.plan(model)
 

@@ -34,12 +34,14 @@ class BlockPlan(NamedTuple):
   fused: whether it reads the same block of the flow before.
   down: whether its last layer halves the resolution.
   transition: whether it ends in a 1×1 convolution that narrows it.
+  channels: that it hands on in its flow.
   """
 
   layers: int
   fused: bool
   down: bool
   transition: bool
+  channels: int
 
 
 def plan(network) -> list[list[BlockPlan]]:
@@ -58,19 +60,22 @@ def plan(network) -> list[list[BlockPlan]]:
   for i, (end, scale) in enumerate(zip(ends, network.scales, strict=True)):
     down_at = ends[i - scale + 1 : i]
     transition_at = [j * end // scale for j in range(1, scale)]
-    flows.append(
-      [
-        BlockPlan(
-          layers=network.step
-          if network.step_mode == "even"
-          else network.step * depth,
-          fused=i > 0 and depth <= ends[i - 1],
-          down=depth in down_at,
-          transition=depth in transition_at,
-        )
-        for depth in range(1, end + 1)
-      ]
-    )
+    factor, flow = network.growth_factors[i], []
+    channels = network.channels * factor
+    for depth in range(1, end + 1):
+      even = network.step_mode == "even"
+      num_layers = network.step if even else network.step * depth
+      fused = i > 0 and depth <= ends[i - 1]
+      transition = depth in transition_at
+      channels += num_layers * network.growth * factor
+      if fused:
+        channels += math.floor(network.compress * channels)
+      if transition:
+        channels = math.floor(network.reduction * channels)
+      flow.append(
+        BlockPlan(num_layers, fused, depth in down_at, transition, channels)
+      )
+    flows.append(flow)
   return flows
 
 
@@ -141,7 +146,6 @@ class Block(nn.Module):
   bottleneck_factor: int
   low_bottleneck_factor: int
   compress: float
-  reduction: float
   initializer: str
 
   @nn.compact
@@ -172,8 +176,7 @@ class Block(nn.Module):
       last = layers.resize_bilinear(last, x.shape[1:3])
       x = jnp.concatenate([x, last], axis=-1)
     if self.spec.transition:
-      width = math.floor(self.reduction * x.shape[-1])
-      x = conv(width, name="transition")(x, mode)
+      x = conv(self.spec.channels, name="transition")(x, mode)
     return x, features
 
 
@@ -245,15 +248,8 @@ class RANet(nn.Module):
         f"reduction {config.reduction} must be above 0 and at most 1: a "
         "RANet cannot leave its transitions out"
       )
-    for flow, factor in zip(plan(config), config.growth_factors, strict=True):
-      width = config.channels * factor
-      for block in flow:
-        width += block.layers * config.growth * factor
-        if block.fused:
-          width += math.floor(config.compress * width)
-        if block.transition:
-          width = math.floor(config.reduction * width)
-          layers.check_transition(width, config.reduction)
+    for block in itertools.chain(*plan(config)):
+      layers.check_transition(block.channels, config.reduction)
     layers.check_image_size(
       image_shape,
       (4 if config.stem == "imagenet" else 1) * 2 ** (scales[-1] - 1),
@@ -281,7 +277,6 @@ class RANet(nn.Module):
           self.bottleneck_factors[i],
           self.bottleneck_factors[i - 1],
           self.compress,
-          self.reduction,
           self.initializer,
         )
         for spec in flow
