@@ -36,11 +36,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from options import config_parser, one_line_errors, shape_and_classes
+from options import config_parser, shape_and_classes
 
 import l2w_jax as l2w
 from l2w_jax.method import allocation
-from l2w_jax.run import files
+from l2w_jax.run import backend, files
+from l2w_jax.run.command import one_line_errors
 from l2w_jax.training.step import make_half_step
 
 STEPS_PER_EPOCH = 1000
@@ -507,6 +508,7 @@ def main(arguments=None) -> None:
   )
   options = parser.parse_args(arguments)
   with one_line_errors():
+    backend.check()
     if options.rounds < 1:
       raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
     print(

@@ -95,14 +95,15 @@ def open_feed(config):
 
 def streaming(data_dir: pathlib.Path) -> None:
   """Images per second of the feed, and of decoding and cropping alone."""
+  config = streaming_config(data_dir, epochs=100)
   records, _, _ = tfds_files.open_tfds("imagenet2012", str(data_dir))
 
   def bare(i):
     rng = np.random.default_rng(i)
     encoded, _ = records.read(i)
-    return pixels.random_crop(pixels.decode(encoded, 3), 224, rng)
+    return pixels.random_crop(pixels.decode(encoded, 3, config.data), 224, rng)
 
-  feed, steps = open_feed(streaming_config(data_dir, epochs=100))
+  feed, steps = open_feed(config)
   rates, start, images = {"bare": [], "feed": []}, 0, 2000
   with ThreadPoolExecutor(stored.num_threads()) as pool:
     for _ in range(6):

@@ -18,8 +18,12 @@ seed by seed with their t interval; comparison/index.html adds the pictures.
 
 from __future__ import annotations
 
+from l2w_jax.run import stopping
+
+if __name__ == "__main__":
+  stopping.install()  # before the imports that take long
+
 import copy
-import pathlib
 import re
 import sys
 from typing import Any
@@ -29,7 +33,7 @@ from ml_collections import ConfigDict
 from options import literal
 
 from l2w_jax import config as config_lib
-from l2w_jax.run import command, directory
+from l2w_jax.run import command, files
 
 FLAGS = flags.FLAGS
 
@@ -83,8 +87,8 @@ def plan(
   config: ConfigDict,
   methods: dict[str, dict[str, Any]],
   seeds: int,
-  workdir: pathlib.Path,
-) -> list[tuple[str, pathlib.Path, ConfigDict]]:
+  workdir: files.Path,
+) -> list[tuple[str, files.Path, ConfigDict]]:
   """(method, run directory, config) of every run, one seed after the other."""
   runs = []
   for seed in range(config.seed, config.seed + seeds):
@@ -97,16 +101,19 @@ def plan(
   return runs
 
 
-def finish(workdir: pathlib.Path, config: ConfigDict) -> None:
+def finish(workdir: files.Path, config: ConfigDict) -> None:
   """Trains, evaluates and reports one run, as far as not done yet."""
   from l2w_jax.results import evaluate, report
+  from l2w_jax.run import lock
+  from l2w_jax.training import identity
   from l2w_jax.training import loop as train
 
-  directory.check_same_run(workdir, config)
-  if not directory.is_finished(workdir, "scores.npz"):
-    train.train(workdir, config)
-    evaluate.evaluate(workdir, config)
-    report.write_report(workdir)
+  identity.check_config(workdir, config)
+  if not identity.is_evaluated(workdir, config, "scores.npz"):
+    with lock.held(workdir):
+      train.train(workdir, config)
+      evaluate.evaluate(workdir, config)
+      report.write_report(workdir)
 
 
 def _define_flags() -> None:
@@ -122,6 +129,12 @@ def _define_flags() -> None:
     "seeds", 3, "Runs of each method, from config.seed on.", lower_bound=1
   )
   flags.DEFINE_string("workdir", None, "Folder of the runs and the comparison.")
+  flags.DEFINE_enum(
+    "figures",
+    None,
+    ["pdf", "png", "svg"],
+    "Write the pictures into WORKDIR/comparison/figures as well.",
+  )
 
 
 def _main(arguments: list[str]) -> None:
@@ -131,27 +144,31 @@ def _main(arguments: list[str]) -> None:
     if not getattr(FLAGS, name):
       raise ValueError(f"--{name} is missing")
   from l2w_jax.results import comparison
-  from l2w_jax.run import compile_cache
+  from l2w_jax.run import backend, compile_cache, lock
 
   runs = plan(
     FLAGS.config,
     parse_methods(FLAGS.methods),
     FLAGS.seeds,
-    pathlib.Path(FLAGS.workdir),
+    files.path(FLAGS.workdir),
   )
+  backend.check()
   compile_cache.enable()
+  print(f"compare: {backend.describe()}", file=sys.stderr)
   for i, (_, workdir, config) in enumerate(runs, 1):
     print(f"compare: run {i} of {len(runs)}, {workdir}", file=sys.stderr)
     finish(workdir, config)
-  folder = pathlib.Path(FLAGS.workdir)
-  comparison.write(
-    folder,
-    {
-      name: [path for other, path, _ in runs if other == name]
-      for name, _, _ in runs
-    },
-  )
-  print((folder / "comparison.txt").read_text(), end="")
+  folder = files.path(FLAGS.workdir)
+  with lock.held(folder):
+    comparison.write(
+      folder,
+      {
+        name: [path for other, path, _ in runs if other == name]
+        for name, _, _ in runs
+      },
+      FLAGS.figures,
+    )
+  print((folder / "comparison.txt").read_text("utf-8"), end="")
   print(f"pictures: {folder / 'comparison' / 'index.html'}")
 
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from l2w_jax import config as config_lib
 from l2w_jax import models
-from l2w_jax.data import sources
 from l2w_jax.exits import early_exit, latency
 from l2w_jax.exits import policy as exit_policy
-from l2w_jax.run import directory
+from l2w_jax.run import files
+from l2w_jax.run.command import one_line_errors
+from l2w_jax.training import identity
 
 MISMATCH_SAMPLES = 10_000
 
@@ -58,10 +59,10 @@ def cifar_shaped():
 
 def of_run(workdir):
   """(network, images) of an evaluated run."""
-  workdir = pathlib.Path(workdir)
+  workdir = files.path(workdir)
   return (
     early_exit.load(workdir),
-    sources.load(directory.read_config(workdir).data).test.images,
+    identity.open_data(workdir, identity.read_config(workdir))[0].test.images,
   )
 
 
@@ -76,7 +77,7 @@ def mismatches(network, images):
   exits = np.asarray(exit_policy.exits_taken(confidence, network.thresholds))
   rows = np.arange(len(many))
   print(
-    f"of {len(many)}: {np.sum(exits != answers.exit)} other exits, "
+    f"of {len(many)}: {np.sum(exits + 1 != answers.exit)} other exits, "
     f"{np.sum(prediction[rows, exits] != answers.label)} other labels, "
     f"{np.sum(confidence[rows, exits] != answers.confidence)} other "
     "confidences than simulated by the same programs"
@@ -93,7 +94,7 @@ def mismatches(network, images):
     exit_policy.exits_taken(np.concatenate(whole), network.thresholds)
   )
   print(
-    f"of {len(many)}: {np.sum(other != answers.exit)} other exits than "
+    f"of {len(many)}: {np.sum(other + 1 != answers.exit)} other exits than "
     "simulated from the whole network's logits in batches of 500"
   )
   print(f"programs compiled per stage: {network.compilations()}")
@@ -116,8 +117,8 @@ def main():
   for row in latency.time_all(network, images, {"q = 0.75": thresholds}):
     detail = row.get("decides") or row.get("call", "")
     print(
-      f"batch {row['batch']} {row['kind']} {row['point']} {detail}: p50 "
-      f"{row['p50_ms']:.3f} p95 {row['p95_ms']:.3f} ms, "
+      f"batch {row['batch']} {row['kind']} {row['point']} {detail}: "
+      f"{row['ms']:.3f} [{row['ms_low']:.3f}, {row['ms_high']:.3f}] ms, "
       f"{row['images_per_second']:.0f} images/s, {row['speedup']:.2f} of "
       f"{row['speedup_by_macs']:.2f}, "
       f"{100 * row['speedup'] / row['speedup_by_macs']:.0f} %"
@@ -125,4 +126,5 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  with one_line_errors():
+    main()

@@ -16,12 +16,13 @@ import pathlib
 import sys
 
 import jax
-from options import config_parser, one_line_errors
+from options import config_parser
 
 import l2w_jax as l2w
 from l2w_jax.data import feeds, order, sources
 from l2w_jax.results import page, report
-from l2w_jax.run import files
+from l2w_jax.run import backend, files
+from l2w_jax.run.command import one_line_errors
 from l2w_jax.training import diagnostics, loop
 from l2w_jax.training.state import split_seed
 
@@ -91,6 +92,7 @@ def main(arguments=None) -> None:
   )
   options = parser.parse_args(arguments)
   with one_line_errors():
+    backend.check()
     if options.steps < 0:
       raise ValueError(f"--steps must be at least 0, got {options.steps}")
     config = l2w.load_config(
@@ -100,7 +102,7 @@ def main(arguments=None) -> None:
       config.diagnose.estimators = tuple(options.estimators)
     config.diagnose.half = config.batch // 2
     line = measure(l2w.config.validate(config), options.steps)
-  files.write(options.out, json.dumps(line, indent=2) + "\n")
+    files.write(options.out, json.dumps(line, indent=2) + "\n")
   print(page.markdown(*report.estimators([line])))
 
 

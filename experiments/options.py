@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # Data source: image shape and classes.
@@ -15,6 +13,7 @@ SHAPES = {
   "tfds:cifar100": ((32, 32, 3), 100),
   "tfds:imagenet2012": ((224, 224, 3), 1000),
   "digits": ((8, 8, 1), 10),
+  "digits:mixed": ((8, 8, 1), 10),
 }
 
 
@@ -67,13 +66,3 @@ def config_parser(
     help="override a key of the config",
   )
   return parser
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-  """A ValueError becomes one line and exit code 2."""
-  try:
-    yield
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)

@@ -22,7 +22,9 @@ import re
 import statistics
 import time
 
-from options import config_parser, one_line_errors, shape_and_classes
+from options import config_parser, shape_and_classes
+
+from l2w_jax.run.command import one_line_errors
 
 STEPS_PER_EPOCH = 1000
 COLLECTIVES = ("psum", "psum_invariant", "all_gather", "all_gather_invariant")
@@ -308,6 +310,9 @@ def main(arguments=None) -> None:
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
   os.environ["JAX_PLATFORMS"] = "cpu"
   with one_line_errors():
+    from l2w_jax.run import backend
+
+    backend.check()
     if options.devices < 2 or options.rounds < 1:
       raise ValueError(
         "--devices must be at least 2 and --rounds at least 1, got "

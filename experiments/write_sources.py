@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from l2w_jax.run.command import one_line_errors
+
 
 def png(image: np.ndarray) -> bytes:
   """A uint8 [H W channels] image as a lossless file."""
@@ -112,4 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  with one_line_errors():
+    main()

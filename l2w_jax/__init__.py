@@ -2,32 +2,31 @@
 
 import importlib
 
-from l2w_jax.config import load_config
-from l2w_jax.exits import policy as exit_policy
-from l2w_jax.method import allocation
-from l2w_jax.models import build_backbone
-from l2w_jax.training.state import init_state
-from l2w_jax.training.step import make_train_step
-
 __version__ = "0.1.0"
 
-__all__ = [
-  "allocation",
-  "build_backbone",
-  "convert",
-  "early_exit",
-  "exit_policy",
-  "init_state",
-  "load_config",
-  "make_train_step",
-]
-
-# Loaded on first use: heavy, or commands that Python warns about when a module
-# that it runs was imported before.
-_LAZY = {"convert": "l2w_jax.convert", "early_exit": "l2w_jax.exits.early_exit"}
+# Where each name lives. It is imported on first use, so that a command can speak
+# of a mistyped flag, and set up its process, before JAX is there.
+_HOME = {
+  "allocation": "l2w_jax.method.allocation",
+  "build_backbone": "l2w_jax.models:build_backbone",
+  "config": "l2w_jax.config",
+  "convert": "l2w_jax.convert",
+  "early_exit": "l2w_jax.exits.early_exit",
+  "exit_policy": "l2w_jax.exits.policy",
+  "init_state": "l2w_jax.training.state:init_state",
+  "load_config": "l2w_jax.config:load_config",
+  "make_train_step": "l2w_jax.training.step:make_train_step",
+}
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str):
-  if name in _LAZY:
-    return importlib.import_module(_LAZY[name])
+  if name in _HOME:
+    module, _, attribute = _HOME[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return [*globals(), *__all__]

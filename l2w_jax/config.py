@@ -139,6 +139,12 @@ _EVERY_MODEL = {
     ("float32", "bfloat16"),
     "of images, convolutions and activations; all else stays float32",
   ),
+  "precision": _choice(
+    "default",
+    ("default", "high", "highest"),
+    "of products and convolutions of float32; by default a TPU rounds what it "
+    "multiplies to bfloat16, a GPU to TF32",
+  ),
   "remat": _flag(
     False,
     "compute each stage anew in derivatives: less memory, slower; on a CPU no "
@@ -209,7 +215,7 @@ KEYS = {
   "data": {
     "source": _text(
       "digits",
-      "which images: digits, npz:PATH, tfds:NAME, folder:PATH, "
+      "which images: digits, digits:mixed, npz:PATH, tfds:NAME, folder:PATH, "
       "synthetic:HEIGHTxWIDTHxCHANNELS",
     ),
     "data_dir": Key(
@@ -241,6 +247,18 @@ KEYS = {
       0.0, 0, "share of train labels changed to another class", 0.999
     ),
     "corrupt": _choice("fail", ("fail", "skip"), "what unreadable images lead to"),
+    "max_pixels": _integer(
+      89_478_485,
+      1,
+      "pixels that an image file may hold, or it counts as unreadable; Pillow's "
+      "limit against files that unpack to fill the memory",
+    ),
+    "grey_range": _number(
+      0.0,
+      0,
+      "the value that is white in grey files of more than 8 bits, such as 4095 for "
+      "12 bits kept in 16; 0: the largest their bits can hold, 1 in floats",
+    ),
     "image_size": _integer(
       0,
       0,
@@ -353,7 +371,10 @@ KEYS = {
     "seconds": _positive(10.0, "between progress lines in a log"),
   },
   "checkpoint": {
-    "every": _integer(10, 1, "epochs between checkpoints"),
+    "every": _integer(10, 1, "`unit`s between checkpoints; the last step has one"),
+    "unit": _choice(
+      "epochs", ("epochs", "steps", "minutes"), "what checkpoint.every counts"
+    ),
     "keep": _integer(2, 1, "checkpoints kept"),
   },
   "num_devices": _integer(0, 0, "devices that share a batch; 0: all of the run"),
@@ -439,14 +460,19 @@ def validate(config: ConfigDict) -> ConfigDict:
   _check_estimator(config)
   if config.diagnose.every:
     _check_diagnose(config)
-  # Digits bring a calibration split of their own.
-  holds_out = config.data.calibration or config.data.source == "digits"
-  if not holds_out and config.evaluate.calibration == "held_out":
+  if not holds_out(config) and config.evaluate.calibration == "held_out":
     raise ValueError(
       "config.data.calibration=0 holds nothing out to choose thresholds on; set "
       "config.evaluate.calibration=released to choose them on the train split"
     )
   return config
+
+
+def holds_out(config: ConfigDict) -> bool:
+  """Whether there is a split to choose thresholds on that is not trained on."""
+  # Digits bring a calibration split of their own.
+  own = config.data.source in ("digits", "digits:mixed")
+  return own or config.data.calibration > 0
 
 
 def check_method(config: ConfigDict, num_exits: int) -> None:

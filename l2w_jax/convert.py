@@ -5,28 +5,37 @@
 
 The first makes a run directory that `--mode=evaluate` accepts, the second a
 state_dict that PyTorch loads. Names in a released state_dict follow from ours;
-`torch_names` is the whole correspondence. PyTorch is needed only to read and
-write its files.
+`torch_names` is the whole correspondence. Classes and channels are those of the
+weights, so the images are not needed. PyTorch is needed only to read and write its
+files.
 """
 
 from __future__ import annotations
 
+from l2w_jax.run import stopping
+
+if __name__ == "__main__":
+  stopping.install()  # before the imports that take long
+
+import collections
+import io
 import pathlib
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from flax import traverse_util
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
 from l2w_jax.models.backbone import Backbone, Variables
-from l2w_jax.run import command, directory
+from l2w_jax.run import backend, command, directory, files, lock
 
 # Ours -> released; what is not here keeps its name.
 _MODULES = dict(
@@ -40,6 +49,12 @@ _ORDER = (
   "blocks scale_flows classifier FirstLayer layers conv_last trans m linear"
   " conv_down conv_up conv_normal net weight bias running_mean running_var"
 ).split()
+# Parts of a name that tell only that a module was wrapped.
+_WRAPPERS = (
+  "module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module".split()
+)
+STEM = r"(^|\.)(blocks\.0\.0|FirstLayer)\.layers\.0\.(net\.)?0\.weight$"
+IMAGE_SIZE = 512  # of images that no weight depends on; enough for 8 scales
 _COUNTER = "num_batches_tracked"  # BatchNorm's; only momentum=None reads it
 
 Path = tuple[str, ...]
@@ -94,19 +109,40 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
   )
 
 
-def _from_torch(array: Any) -> jax.Array:
+def _from_torch(weight: Any) -> jax.Array:
   """The way back, in float32 or wider: half precision is only for storage."""
-  array = np.asarray(array)
-  array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
-  return jnp.asarray(array.astype(np.promote_types(array.dtype, np.float32)))
+  try:
+    array = _to_numpy(weight)
+    array = array.astype(np.promote_types(array.dtype, np.float32))
+    real = array.dtype.kind == "f"
+  except (TypeError, ValueError, RuntimeError):
+    real = False
+  if not real:
+    raise ValueError(
+      f"a weight of shape {tuple(np.shape(weight))} is {weight.dtype}, sparse, "
+      "quantised or without data; save the network's state_dict in float32 or half "
+      "precision"
+    )
+  return jnp.asarray(array.transpose((2, 3, 1, 0) if array.ndim == 4 else None))
 
 
-def import_released(state_dict: Mapping[str, Any], backbone: Backbone) -> Variables:
+def _to_numpy(weight: Any) -> np.ndarray:
+  if not hasattr(weight, "detach"):
+    return np.asarray(weight)
+  size = weight.numel() * weight.element_size()
+  if size > weight.untyped_storage().nbytes():
+    raise ValueError("a small file that says it is an enormous array")
+  # NumPy has no bfloat16.
+  half = weight.is_floating_point() and weight.element_size() < 4
+  return (weight.float() if half else weight).detach().numpy()
+
+
+def import_released(state_dict: Mapping[Any, Any], backbone: Backbone) -> Variables:
   """Variables of a backbone from a released state_dict.
 
   Args:
-    state_dict: torch name -> anything `np.asarray` takes; may be nested under
-      "state_dict" or "model", and names may start with "module.".
+    state_dict: torch name -> tensor or array, in any dictionaries that a training
+      script nests it in, and with any prefix before its names.
     backbone: the network the weights are for.
 
   Returns:
@@ -115,11 +151,6 @@ def import_released(state_dict: Mapping[str, Any], backbone: Backbone) -> Variab
   Raises:
     ValueError: names are missing or unknown, or shapes differ.
   """
-  weights = {
-    name: array
-    for name, array in _weights(state_dict).items()
-    if not name.endswith(_COUNTER)
-  }
   template = traverse_util.flatten_dict(
     jax.eval_shape(backbone.init, jax.random.key(0))
   )
@@ -128,6 +159,7 @@ def import_released(state_dict: Mapping[str, Any], backbone: Backbone) -> Variab
     name: _to_torch(np.empty(template[path].shape, bool)).shape
     for path, name in names.items()
   }
+  weights = _named(_arrays(state_dict), shapes)
   _check(weights, shapes)
   return traverse_util.unflatten_dict(
     {path: _from_torch(weights[name]) for path, name in names.items()}
@@ -158,18 +190,21 @@ def export_released(variables: Variables, backbone: Backbone) -> StateDict:
   return state_dict
 
 
-def import_released_wpn(state_dict: Mapping[str, Any]) -> PyTree:
+def import_released_wpn(state_dict: Mapping[Any, Any]) -> PyTree:
   """WPN parameters {"hidden_0", …, "output"} from the released MLP_tanh's.
 
   Raises:
     ValueError: names are missing or unknown, or shapes do not chain.
   """
-  weights = _weights(state_dict)
-  hidden = sum(name.endswith(".fc.weight") for name in weights)
-  names = _wpn_names(hidden)
+  arrays = _arrays(state_dict)
+  names = _wpn_names(sum(name.endswith(".fc.weight") for name in arrays))
+  weights = _named(
+    arrays,
+    [f"{layer}.{leaf}" for layer in names.values() for leaf in ("weight", "bias")],
+  )
   shapes, fan_in = {}, None
   for layer in names.values():
-    weight = np.asarray(weights.get(f"{layer}.weight", np.empty((0, 0))))
+    weight = weights.get(f"{layer}.weight", np.empty((0, 0)))
     fan_out, given = weight.shape if weight.ndim == 2 else (0, 0)
     shapes[f"{layer}.weight"] = (fan_out, given if fan_in is None else fan_in)
     shapes[f"{layer}.bias"] = (fan_out,)
@@ -204,24 +239,56 @@ def _wpn_names(hidden: int) -> dict[str, str]:
   }
 
 
-def _weights(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Names to weights, out of the nesting and prefixes of a training script."""
-  for key in ("state_dict", "model"):
-    if isinstance(state_dict.get(key), Mapping):
-      return _weights(state_dict[key])
+def _arrays(content: Mapping[Any, Any]) -> dict[str, Any]:
+  """All weights in nested dictionaries, by the keys that lead there, with dots."""
+  seen = set()  # a dictionary may lie in itself
+
+  def walk(inside, before) -> Iterator[tuple[str, Any]]:
+    seen.add(id(inside))
+    for key, value in inside.items():
+      if isinstance(value, Mapping) and id(value) not in seen:
+        yield from walk(value, f"{before}{key}.")
+      elif getattr(value, "ndim", 0):  # counters have no dimension
+        yield f"{before}{key}", value
+
+  return dict(walk(content, ""))
+
+
+def _named(arrays: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]:
+  """The weights behind the prefix with which most names are `wanted`, less it."""
+  prefixes = collections.Counter()
+  for name in arrays:
+    parts = name.split(".")
+    for start in reversed(range(len(parts))):
+      if _unwrapped(parts[start:]) in wanted:
+        prefixes["".join(f"{part}." for part in parts[:start])] += 1
+        break
+  (prefix, most), *others = prefixes.most_common() or [("", 0)]
+  if equal := [repr(other) for other, count in others if count == most]:
+    logging.warning(
+      "the checkpoint holds weights of the network behind %r and %s; the first are "
+      "taken: save the others alone to import those",
+      prefix,
+      ", ".join(equal),
+    )
   return {
-    name.removeprefix("module."): weight for name, weight in state_dict.items()
+    _unwrapped(name.removeprefix(prefix).split(".")): array
+    for name, array in arrays.items()
+    if name.startswith(prefix)
   }
+
+
+def _unwrapped(parts: list[str]) -> str:
+  return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def _check(weights: Mapping[str, Any], shapes: dict[str, tuple]) -> None:
   """Raises ValueError unless names and shapes are as they should be."""
-  missing = [name for name in shapes if name not in weights]
-  unknown = [name for name in weights if name not in shapes]
+  found = {name: tuple(np.shape(weight)) for name, weight in weights.items()}
+  missing = [name for name in shapes if name not in found]
+  unknown = [name for name in found if name not in shapes]
   differing = [
-    name
-    for name, shape in shapes.items()
-    if name in weights and np.shape(weights[name]) != shape
+    name for name, shape in shapes.items() if found.get(name, shape) != shape
   ]
   faults = [
     f"{len(names)} name(s) {fault}, first {names[0]}"
@@ -231,22 +298,38 @@ def _check(weights: Mapping[str, Any], shapes: dict[str, tuple]) -> None:
   if differing:
     name = differing[0]
     faults.append(
-      f"{len(differing)} shape(s) differ, first {name}: "
-      f"{np.shape(weights[name])} in the checkpoint, {shapes[name]} expected"
+      f"{len(differing)} shape(s) differ, first {name}: {found[name]} in the "
+      f"checkpoint, {shapes[name]} expected"
     )
   if faults:
     raise ValueError(
       f"the checkpoint does not fit: {'; '.join(faults)}; "
-      f"{_advice((missing or unknown or differing)[0])}"
+      f"{_advice(missing, unknown, differing)}"
     )
 
 
-def _advice(name: str) -> str:
-  """What to look at when a name is absent or its shape differs."""
-  if re.search(r"linear\.(weight|bias)$", name):
-    return "check num_classes, that is config.data, and model.classifier_width"
+def _advice(missing: list[str], unknown: list[str], differing: list[str]) -> str:
+  """What to look at when names are absent or shapes differ."""
+  name = (missing or unknown or differing)[0]
   if re.match(r"(first_hidden|rest_hidden|output)_", name):
     return "check that it is a weight prediction network (MLP_tanh)"
+  if missing and all(re.search(r"\.running_(mean|var)$", x) for x in missing):
+    return (
+      "it lacks BatchNorm's running statistics, as dict(named_parameters()) does; "
+      "save the state_dict() of the network"
+    )
+  fewer, more = (
+    {x.split(".")[1] for x in names if re.match(r"classifier\.\d", x)}
+    for names in (missing, unknown)
+  )
+  if bool(fewer) != bool(more):
+    return (
+      f"the config has {len(fewer or more)} exits {'more' if fewer else 'less'} "
+      "than it: check model.name and the number of exits (msdnet: model.num_exits; "
+      "ranet: model.blocks, block_step and scales)"
+    )
+  if re.search(r"linear\.(weight|bias)$", name):
+    return "check num_classes, and model.classifier_width"
   if re.match(r"(FirstLayer|blocks\.0\.0)\.", name):
     return "check model.name, model.stem, model.channels and growth_factors"
   return (
@@ -274,33 +357,47 @@ def load_torch(path: pathlib.Path) -> Mapping[str, Any]:
   except FileNotFoundError as error:
     raise ValueError(f"no file {path}") from error
   except Exception as error:  # damaged files raise anything
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused:
-      raise ValueError(
-        f"{path} holds a {refused[1]}, which is not loaded because it could "
-        "run code; if you trust the file, write its weights alone to another: "
-        f"torch.save(torch.load({str(path)!r}, weights_only=False)"
-        "['state_dict'], 'weights.pth')"
-      ) from error
-    raise ValueError(
-      f"{path} is not a PyTorch checkpoint, or damaged ({type(error).__name__})"
-    ) from error
+    raise ValueError(_refusal(path, error)) from error
   if not isinstance(content, Mapping):
     raise ValueError(f"{path} holds a {type(content).__name__} and no state_dict")
   return content
 
 
-def save_torch(path: pathlib.Path, state_dict: StateDict) -> None:
+def _refusal(path: pathlib.Path, error: Exception) -> str:
+  """Why a file is not read, and what to do with it."""
+  if isinstance(error, OSError) and error.strerror:
+    return f"{path} cannot be read: {error.strerror.lower()}"
+  if "TorchScript" in str(error):
+    return (
+      f"{path} is a TorchScript archive, which is not loaded because it could run "
+      "code; if you trust it, write its weights alone to another file: "
+      f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pth')"
+    )
+  refused = re.search(r"GLOBAL (\S+)", str(error))
+  if refused:
+    return (
+      f"{path} holds a {refused[1]}, which is not loaded because it could run "
+      "code; if you trust the file, write its weights alone to another, where that "
+      f"can be imported: x = torch.load({str(path)!r}, weights_only=False), then, "
+      "torch.save(x.state_dict(), 'weights.pth') if x is a whole module, or of "
+      "x[KEY].state_dict() if it is a dictionary with a module, or of x[KEY] if it "
+      "is one with weights, behind a KEY such as 'state_dict'"
+    )
+  return f"{path} is not a PyTorch checkpoint, or damaged ({type(error).__name__})"
+
+
+def save_torch(path: files.Path, state_dict: StateDict) -> None:
   """Writes a state_dict that `torch.load` and `load_state_dict` take.
 
   Raises:
     ValueError: PyTorch is not installed.
   """
-  torch = _torch()
+  torch, data = _torch(), io.BytesIO()
   torch.save(
     {name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()},
-    path,
+    data,
   )
+  files.write(path, data.getvalue())
 
 
 def _torch():
@@ -315,10 +412,7 @@ def _torch():
 
 
 def write_workdir(
-  variables: Variables,
-  config: ConfigDict,
-  backbone: Backbone,
-  workdir: pathlib.Path,
+  variables: Variables, config: ConfigDict, backbone: Backbone, workdir: files.Path
 ) -> None:
   """A run directory with these variables at step 0, for --mode=evaluate.
 
@@ -333,42 +427,79 @@ def write_workdir(
   state = train_state.init_state(
     jax.random.key(config.seed), backbone, config
   ).replace(**variables)
-  workdir.mkdir(parents=True, exist_ok=True)
+  files.make_folder(workdir)
   with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
     checkpoints.save(
-      0, state, {"seconds": {"train": 0.0, "compile": 0.0}, "complete": True}
+      0,
+      state,
+      {
+        "seconds": {"train": 0.0, "compile": 0.0},
+        "complete": True,
+        "identity": {"config": config.to_dict(), "data": None},
+      },
     )
   directory.write_config(workdir, config)
 
 
-def build_backbone(config: ConfigDict) -> Backbone:
-  """The backbone of a config, for its own data."""
+def build_backbone(config: ConfigDict, num_classes: int, channels: int) -> Backbone:
+  """The backbone of a config; its weights are the same for images of any size."""
   from l2w_jax import models
-  from l2w_jax.data import sources
 
-  dataset = sources.load(config.data)
-  return models.build_backbone(
-    config.model, dataset.num_classes, dataset.image_shape
-  )
+  size = config.data.image_size or IMAGE_SIZE
+  return models.build_backbone(config.model, num_classes, (size, size, channels))
 
 
 def convert(
-  released: pathlib.Path, config: ConfigDict, workdir: pathlib.Path
+  released: pathlib.Path, config: ConfigDict, workdir: files.Path
 ) -> None:
-  """Makes a run directory of a released checkpoint."""
-  backbone = build_backbone(config_lib.validate(config))
-  variables = import_released(load_torch(released), backbone)
-  write_workdir(variables, config, backbone, workdir)
+  """Makes a run directory of a released checkpoint; images are not needed."""
+  config = config_lib.validate(config)
+  state_dict = load_torch(released)
+  num_classes, channels = 2, 3  # where it is of another network
+  for name, weight in _arrays(state_dict).items():
+    name = _unwrapped(name.split("."))
+    if re.search(r"(^|\.)classifier\.0\.linear\.weight$", name):
+      num_classes = weight.shape[0]
+    if re.search(STEM, name) and weight.ndim == 4:
+      channels = weight.shape[1]
+  backbone = build_backbone(config, num_classes, channels)
+  variables = import_released(state_dict, backbone)
+  with lock.held(workdir):
+    write_workdir(variables, config, backbone, workdir)
 
 
-def export(workdir: pathlib.Path, path: pathlib.Path) -> None:
+def export(workdir: files.Path, path: files.Path) -> None:
   """Writes the weights of a run directory as a released state_dict."""
-  from l2w_jax.training import checkpoint
+  from l2w_jax.training import checkpoint, identity
 
-  config = directory.read_config(workdir)
-  backbone = build_backbone(config)
+  config = identity.read_config(workdir)
+  backbone = build_backbone(config, *_sizes(workdir, config))
   state, _ = checkpoint.restore(workdir, config, backbone)
   save_torch(path, export_released(state.variables, backbone))
+
+
+def _sizes(workdir: files.Path, config: ConfigDict) -> tuple[int, int]:
+  """(classes, channels of an image) of a run, as its latest checkpoint has them."""
+  from l2w_jax.training import checkpoint
+
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    arrays = (checkpoints.info() or {}).get("arrays")
+  if arrays is None:  # an early version did not write them
+    from l2w_jax.data import sources
+
+    dataset = sources.load(config.data)
+    return dataset.num_classes, dataset.image_shape[-1]
+  shapes = {
+    ".".join(re.findall(r"\w+", path)): list(
+      map(int, re.findall(r"\d+(?=[],])", x))
+    )
+    for path, x in arrays.items()
+  }
+  first = "first_layer" if config.model.name == "ranet" else "blocks_0_0"
+  return (
+    shapes["params.classifier_0.linear.bias"][0],
+    shapes[f"params.{first}.layers_0.conv.kernel"][2],
+  )
 
 
 FLAGS = flags.FLAGS
@@ -383,17 +514,19 @@ def _define_flags() -> None:
 def _main(arguments: list[str]) -> None:
   if FLAGS.workdir is None:
     raise ValueError("name the run directory with --workdir=DIR")
-  workdir = pathlib.Path(FLAGS.workdir)
+  workdir = files.path(FLAGS.workdir)
+  backend.check()
   match arguments, FLAGS.export, FLAGS.config:
     case [released], None, config if config is not None:
       convert(pathlib.Path(released), config, workdir)
     case [], path, None if path is not None:
-      export(workdir, pathlib.Path(path))
+      export(workdir, files.path(path))
     case _:
       raise ValueError(
         "give RELEASED.pth.tar with --config to import, or --export=OUT.pth "
         "alone to export"
       )
+  print(f"convert: {backend.describe()}", file=sys.stderr)
 
 
 if __name__ == "__main__":

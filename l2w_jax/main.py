@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-import pathlib
+from l2w_jax.run import stopping
+
+if __name__ == "__main__":
+  stopping.install()  # before the imports that take long
+
 import sys
 
-import jax
 from absl import flags
 
 from l2w_jax import config as config_lib
-from l2w_jax.run import command
+from l2w_jax.run import command, files
 
 FLAGS = flags.FLAGS
 command.define_config("Needed to train; evaluate and report read the workdir's.")
 flags.DEFINE_string(
-  "workdir", None, "Run directory, kept by process 0 if there are several."
+  "workdir",
+  None,
+  "Run directory, local or gs://BUCKET/RUN; of several processes, 0 keeps it.",
 )
 flags.DEFINE_enum(
   "mode",
   "all",
-  ["all", "train", "evaluate", "report", "latency", "export"],
+  ["all", "train", "evaluate", "report", "latency", "export", "predict"],
   "all: train, evaluate and report, as far as not done yet. latency: time "
-  "early exits of an evaluated run. export: write its stages as StableHLO.",
+  "early exits of an evaluated run. export: write its programs for others to run. "
+  "predict: answer images of your own.",
+)
+flags.DEFINE_string(
+  "images",
+  None,
+  "Of --mode=predict: a folder of images at any depth, an image, or a .npy file "
+  "with uint8 [N H W channels].",
+)
+flags.DEFINE_string(
+  "out", None, "Of --mode=predict: the table, WORKDIR/predictions.csv if not given."
+)
+flags.DEFINE_enum(
+  "format",
+  None,
+  ["stablehlo", "onnx"],
+  "Of --mode=export: stablehlo, for JAX, if not given; onnx needs jax2onnx.",
+)
+flags.DEFINE_enum(
+  "figures",
+  None,
+  ["pdf", "png", "svg"],
+  "Of --mode=report: write the pictures into WORKDIR/report/figures as well.",
 )
 flags.DEFINE_bool(
   "distributed",
@@ -35,42 +62,126 @@ flags.DEFINE_string(
 flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
+# Folders of the run directory, "" itself, that files are added to in each mode.
+WRITTEN = {
+  "all": ("", "checkpoints", "report"),
+  "train": ("", "checkpoints"),
+  "evaluate": ("",),
+  "report": ("report",),
+  "latency": ("", "report"),
+  "export": ("",),
+}
+# Flags that go with one mode alone.
+OWN = {
+  "format": "export",
+  "figures": "report",
+  "images": "predict",
+  "out": "predict",
+}
 
-def run(mode: str, workdir: pathlib.Path, config) -> None:
-  """Runs one mode; `config` may be None for evaluate and report.
+
+def run(mode: str, workdir: files.Path, config, **own: str | None) -> None:
+  """Runs one mode; `config` may be None but to train.
+
+  Args:
+    mode, workdir, config: see the flags.
+    **own: flags of `OWN`, as far as they are given.
 
   Raises:
     ValueError: one line on what was wrong and what to do.
   """
   # Imported here, so that a mistyped flag is told at once.
-  from l2w_jax.exits import export, latency
-  from l2w_jax.results import evaluate, report
-  from l2w_jax.run import compile_cache, directory, parallel
-  from l2w_jax.training import loop as train
+  import jax
 
-  say = print if parallel.is_writer() else lambda *_: None
+  from l2w_jax.exits import targets
+  from l2w_jax.results import drawing
+  from l2w_jax.run import compile_cache, lock, os_errors, parallel
+
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir {workdir} is not a directory; name another")
   if config is not None:
     config = config_lib.validate(config)
   elif mode in ("all", "train"):
     raise ValueError(f"--mode={mode} needs --config=FILE.py")
-  if mode in ("latency", "export") and jax.process_count() > 1:
+  for name, value in own.items():
+    if value and mode != OWN[name]:
+      raise ValueError(
+        f"--{name}={value} is for --mode={OWN[name]}; got --mode={mode}"
+      )
+  if mode == "predict" and not own.get("images"):
+    raise ValueError("--mode=predict needs --images=FOLDER or FILE")
+  if mode in ("latency", "export", "predict") and jax.process_count() > 1:
     raise ValueError(f"--mode={mode} is for one process; start it alone")
+  # Now, as training may take weeks.
+  if config is not None and mode in ("all", "train", "evaluate", "predict"):
+    targets.check(config.evaluate.target, config_lib.holds_out(config))
+  if mode in ("all", "report", "latency"):
+    drawing.check()
   compile_cache.enable()
+  if mode not in ("all", "train") and not workdir.is_dir():
+    return _run(mode, workdir, config, own)  # which says so
+  if mode == "predict":  # of what others may write meanwhile, it writes nothing
+    out = files.path(own.get("out") or workdir / "predictions.csv")
+    if out.is_dir() or (files.is_local(out) and not out.parent.is_dir()):
+      what = (
+        "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+      )
+      raise ValueError(
+        f"--out={out}: {what}; name a file in a folder that is there"
+      )
+    os_errors.check_writable([out.parent])
+    return _predict(workdir, config, files.path(own["images"]), out)
+  if parallel.is_writer():
+    os_errors.check_writable([workdir / name for name in WRITTEN[mode]])
+  with lock.held(workdir):
+    _run(mode, workdir, config, own)
+
+
+def _predict(workdir, config, images, out) -> None:
+  """Answers images with an evaluated run; its target may be another one."""
+  from l2w_jax.results import predict
+  from l2w_jax.training import identity
+
+  if config is not None:
+    identity.check_config(workdir, config, free=predict.FREE_KEYS)
+    identity.check_choice(workdir, config, free=("target",))
+  else:
+    config = identity.read_config(workdir)
+  found = predict.predict(workdir, images, out, config)
+  shares = ", ".join(f"{100 * share:.1f} %" for share in found["exits"])
+  left_out = f", {found['left_out']:,} left out" if found["left_out"] else ""
+  print(
+    f"predict: {found['images']:,} images{left_out}, "
+    f"{found['images'] / found['seconds']:,.0f} images/s, "
+    f"{100 * found['cost']:.0f} % of the full network's cost, leaving at the exits "
+    f"{shares}: {out}"
+  )
+
+
+def _run(mode, workdir, config, own) -> None:
+  """Runs one mode in a run directory that nobody else writes into."""
+  from l2w_jax.exits import export, latency
+  from l2w_jax.results import evaluate, report
+  from l2w_jax.run import backend, parallel
+  from l2w_jax.training import identity
+  from l2w_jax.training import loop as train
+
+  say = print if parallel.is_writer() else lambda *_: None
   if mode in ("evaluate", "report", "latency", "export") and parallel.is_writer():
-    made_with = directory.read_config(workdir)
+    if config is not None:
+      identity.check_config(workdir, config)
+    made_with = identity.read_config(workdir)
+    if config is not None and mode != "evaluate":
+      identity.check_choice(workdir, config)
     if config is None:
       config = made_with
       if config.sync == "local":
         config.num_devices = 0  # those that trained it need not be here
-    else:
-      directory.check_same_run(workdir, config)
   config = config_lib.from_dict(parallel.from_writer(config and config.to_dict()))
   if mode in ("all", "train") and not train.train(workdir, config):
     say(f"{workdir}: training had already finished")
     if mode == "all" and parallel.from_writer(
-      directory.is_finished(workdir, "report/index.html")
+      identity.is_evaluated(workdir, config, "report/index.html")
     ):
       say(f"nothing to do; see {workdir / 'report' / 'index.html'}")
       return
@@ -81,9 +192,14 @@ def run(mode: str, workdir: pathlib.Path, config) -> None:
   if mode == "latency":
     _print_latency(latency.measure(workdir, config))
   if mode == "export":
-    say(f"export: {export.export(workdir)}")
+    folder = export.export(workdir, own.get("format") or "stablehlo")
+    print(f"export: {backend.describe()}", file=sys.stderr)
+    say(f"export: {folder}")
   if mode in ("all", "report", "latency") and parallel.is_writer():
-    say(f"report: {report.write_report(workdir)}")
+    page = report.write_report(workdir, own.get("figures"))
+    if mode == "report":
+      print(f"report: {backend.describe()}", file=sys.stderr)
+    say(f"report: {page}")
 
 
 def _print_results(results) -> None:
@@ -92,6 +208,16 @@ def _print_results(results) -> None:
       f"exit {row['exit']}: {row['macs'] / 1e6:8.2f} M MACs, "
       f"accuracy {100 * row['accuracy']:.2f} %"
     )
+  chosen, full = results["chosen"], results["macs"][-1]
+  left = ", ".join(f"{100 * share:.1f} %" for share in chosen["exits"])
+  print(
+    f"{chosen['target']}: {chosen['macs'] / 1e6:.2f} M MACs on average "
+    f"({100 * chosen['macs'] / full:.0f} %), accuracy "
+    f"{100 * chosen['accuracy']:.2f} %, leaving at the exits {left}, thresholds "
+    f"{', '.join(f'{float(t):.4g}' for t in chosen['thresholds'])}"
+  )
+  if chosen["note"]:
+    print(f"note: {chosen['note']}")
 
 
 def _print_latency(latency) -> None:
@@ -99,8 +225,8 @@ def _print_latency(latency) -> None:
     detail = row.get("decides") or f"call of {row.get('call', row['batch'])}"
     print(
       f"batch {row['batch']:3d}, {row['kind']:7s} {row['point']:15s} "
-      f"{detail:12s} p50 {row['p50_ms']:.3f} ms, p95 {row['p95_ms']:.3f} ms, "
-      f"{row['images_per_second']:.0f} images/s, {row['speedup']:.2f} of "
+      f"{detail:12s} {row['ms']:.3f} ms [{row['ms_low']:.3f}, {row['ms_high']:.3f}]"
+      f", {row['images_per_second']:.0f} images/s, {row['speedup']:.2f} of "
       f"{row['speedup_by_macs']:.2f} times as fast"
     )
 
@@ -110,14 +236,22 @@ def _main(arguments: list[str]) -> None:
     raise ValueError(f"unexpected argument {arguments[0]!r}; flags begin with --")
   if not FLAGS.workdir:
     raise ValueError("--workdir is missing; name the directory of the run")
+  # Not above, so that flags are checked, and huge pages asked for, before JAX.
+  import jax
+
+  from l2w_jax.run import backend
+
+  workdir = files.path(FLAGS.workdir)
   processes = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
   several = FLAGS.distributed or any(x is not None for x in processes)
   if several:
     from l2w_jax.run import parallel
 
     parallel.initialize(*processes)
+  backend.check()
   try:
-    run(FLAGS.mode, pathlib.Path(FLAGS.workdir), FLAGS.config)
+    own = {name: getattr(FLAGS, name) for name in OWN}
+    run(FLAGS.mode, workdir, FLAGS.config, **own)
   except jax.errors.JaxRuntimeError as error:
     if not several:
       raise

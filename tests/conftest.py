@@ -29,8 +29,11 @@ check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))
 # Every annotation of the package is checked at each call, shapes included.
 install_import_hook("l2w_jax", "conftest.check_types")
 
-# A digits run of 16 steps whose network compiles in seconds.
+# A run of 16 steps on plain digits whose network compiles in seconds.
 TINY = {
+  "data.source": "digits",
+  "batch": 128,
+  "optimizer.learning_rate": 0.2,
   "epochs": 2,
   "model.num_exits": 2,
   "model.channels": 4,
@@ -68,6 +71,17 @@ def tiny_flags() -> list[str]:
     "--config=configs/digits.py",
     *(f"--config.{key}={value}" for key, value in TINY.items()),
   ]
+
+
+def enable_x64(enable: bool = True):
+  """`jax.enable_x64`, a context, by the name that it had before JAX 0.8."""
+  import jax
+
+  if not hasattr(jax, "enable_x64"):
+    from jax.experimental import enable_x64 as before
+
+    return before(enable)
+  return jax.enable_x64(enable)
 
 
 class Finished(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from conftest import enable_x64
 
 from l2w_jax.method import allocation
 
@@ -117,7 +118,7 @@ def test_counts_of_the_released_proportions_are_the_released_counts():
 
 @pytest.mark.parametrize("x64", [False, True])
 def test_no_sample_is_lost_where_a_share_is_a_whole_number(x64):
-  with jax.enable_x64(x64):
+  with enable_x64(x64):
     for num_exits in range(2, 9):
       for i in range(1, 40):
         exact = oracles.proportions(Fraction(i, 20), num_exits)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from conftest import enable_x64
 from test_train_step import (
   DIM,
   LR,
@@ -68,7 +69,7 @@ def test_self_distillation_is_the_oracle():
       x, jnp.asarray(labels), 0.0, SHARE, TEMPERATURE
     )
 
-  with jax.enable_x64(True):
+  with enable_x64(True):
     np.testing.assert_allclose(loss(jnp.asarray(logits)), expected, rtol=1e-10)
     np.testing.assert_allclose(
       jax.grad(lambda x: loss(x).sum())(jnp.asarray(logits)),
@@ -109,7 +110,7 @@ def test_two_half_steps_are_the_oracle(method, monkeypatch):
     exit_weights=(0.5, 1.0, 1.5), distill=SHARE, temperature=TEMPERATURE
   )
   values, batch = initial_values(config), make_batch(12, 0)
-  with jax.enable_x64(True):
+  with enable_x64(True):
     step = train_step.make_train_step(
       LinearExits(), config, steps_per_epoch=STEPS_PER_EPOCH
     )
@@ -165,7 +166,7 @@ def test_random_weights_are_drawn_anew_each_step_and_by_the_seed():
 
 def test_the_plain_objective_scores_every_meta_sample_at_every_exit():
   config = make_config(objective="plain")
-  with jax.enable_x64(True):
+  with enable_x64(True):
     step = train_step.make_train_step(
       LinearExits(), config, steps_per_epoch=STEPS_PER_EPOCH
     )

@@ -13,7 +13,7 @@ import l2w_jax
 from l2w_jax import main
 from l2w_jax.results import evaluate
 from l2w_jax.run import compile_cache, directory, files
-from l2w_jax.training import checkpoint
+from l2w_jax.training import checkpoint, identity
 
 INFO = {"seconds": {"train": 1.5}, "complete": False}
 
@@ -71,6 +71,7 @@ def restore(workdir):
 def test_every_leaf_and_dtype_survives(three_steps, warnings):
   state, info = restore(three_steps)
   assert_same(state, make_state(3))
+  assert len(info.pop("checkpoint")) == 64  # digest of all arrays
   assert info == INFO | {"step": 3}
   assert not warnings
 
@@ -143,6 +144,15 @@ def test_without_digests_the_flipped_bit_would_be_read_as_a_number(
   assert different >= 1
 
 
+def test_a_step_that_is_not_finite_is_stepped_over(three_steps, warnings):
+  broken = make_state(4) | {"half": jnp.full(7, jnp.nan, jnp.bfloat16)}
+  with checkpoint.Checkpoints(three_steps, keep=3) as checkpoints:
+    checkpoints.save(4, broken, INFO)
+  with checkpoint.Checkpoints(three_steps) as checkpoints:
+    assert_same(checkpoints.restore(template(broken))[0], make_state(3))
+  assert "'half'" in warnings[0] and "is not finite" in warnings[0]
+
+
 def empty_directory(step: pathlib.Path):
   shutil.rmtree(step)
   step.mkdir()
@@ -176,7 +186,9 @@ def test_another_model_is_one_clear_error(three_steps, warnings):
   other = template(make_state() | {"kernel": jnp.zeros((2, 2))})
   with (
     checkpoint.Checkpoints(three_steps) as checkpoints,
-    pytest.raises(ValueError, match="may belong to another model"),
+    pytest.raises(
+      ValueError, match="is sound, but .*of another network; give the config"
+    ),
   ):
     checkpoints.restore(other)
 
@@ -201,14 +213,14 @@ def test_config_json_is_the_config(tmp_path, tiny_config):
   assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
   again = directory.read_config(tmp_path)
   assert again == tiny_config and again.is_locked
-  directory.check_same_run(tmp_path, tiny_config)
+  identity.check_config(tmp_path, tiny_config)
   moved = again.copy_and_resolve_references()
   with moved.unlocked():
     moved.data.data_dir, moved.num_devices = "elsewhere", 3
-  directory.check_same_run(tmp_path, moved)
+  identity.check_config(tmp_path, moved)
   moved.data.pad = 2
   with pytest.raises(ValueError, match="config.data.pad is 2 here and 1 there"):
-    directory.check_same_run(tmp_path, moved)
+    identity.check_config(tmp_path, moved)
 
 
 @pytest.mark.parametrize("asked", [0, 2])
@@ -219,11 +231,11 @@ def test_a_local_run_goes_on_with_the_devices_that_trained_it(
   directory.write_config(tmp_path, tiny_config, num_devices=2)
   assert directory.read_config(tmp_path).num_devices == 2
   for num_devices in (2, None):  # None: to evaluate it, on whatever there is
-    directory.check_same_run(tmp_path, tiny_config, num_devices)
+    identity.check_config(tmp_path, tiny_config, num_devices)
   tiny_config.num_devices = 0
   for num_devices in (1, 8):
     with pytest.raises(ValueError, match="trained on 2 device.*=2 to res") as error:
-      directory.check_same_run(tmp_path, tiny_config, num_devices)
+      identity.check_config(tmp_path, tiny_config, num_devices)
     assert "\n" not in str(error.value)
 
 
@@ -235,10 +247,9 @@ def test_a_local_run_is_evaluated_on_what_there_is(
   asked = []
   monkeypatch.setattr(compile_cache, "enable", lambda: None)
   monkeypatch.setattr(
-    evaluate,
-    "evaluate",
-    lambda unused, config: asked.append(config) or {"anytime": []},
+    evaluate, "evaluate", lambda unused, config: asked.append(config)
   )
+  monkeypatch.setattr(main, "_print_results", lambda unused: None)
   main.run("evaluate", tmp_path, None)
   assert [config.num_devices for config in asked] == [0]
 
@@ -246,13 +257,13 @@ def test_a_local_run_is_evaluated_on_what_there_is(
 def test_a_global_run_goes_on_with_any_devices(tmp_path, tiny_config):
   directory.write_config(tmp_path, tiny_config, num_devices=2)
   assert directory.read_config(tmp_path) == tiny_config
-  directory.check_same_run(tmp_path, tiny_config, num_devices=8)
+  identity.check_config(tmp_path, tiny_config, num_devices=8)
 
 
 def test_weights_that_no_device_trained_go_on_with_any(tmp_path, tiny_config):
   tiny_config.sync = "local"
   directory.write_config(tmp_path, tiny_config)
-  directory.check_same_run(tmp_path, tiny_config, num_devices=8)
+  identity.check_config(tmp_path, tiny_config, num_devices=8)
 
 
 def test_broken_config_json_is_one_clear_error(tmp_path, tiny_config):

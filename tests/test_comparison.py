@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, tiny_flags
-from test_report import assert_picture, make_metrics, make_results
+from test_report import assert_valid, drawn_in, make_metrics, make_results
 
 from l2w_jax import config as config_lib
 from l2w_jax.results import comparison
+from l2w_jax.run import directory
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import compare  # noqa: E402
@@ -31,15 +33,21 @@ def write_run(
   luck = (0.0, 0.02, -0.01)[seed] + gain
   for entry in results["anytime"] + results["budgeted"]:
     entry["accuracy"] += luck
-  (workdir / "results.json").write_text(json.dumps(results))
+  directory.write_results(workdir, results)
   (workdir / "metrics.jsonl").write_text(
     "".join(json.dumps(line) + "\n" for line in make_metrics(num_exits, method))
   )
-  np.savez(
-    workdir / "scores.npz",
-    confidence=rng.uniform(size=(NUM_TEST, num_exits)).astype(np.float32),
-    correct=rng.uniform(size=(NUM_TEST, num_exits)) < 0.8,
-  )
+  scores = {"about": json.dumps(results)}
+  for split in ("calibration", "test"):
+    of_exits = rng.uniform(size=(3, NUM_TEST, num_exits))
+    scores |= {
+      f"{split}_logits": np.zeros((0, num_exits, 10), np.float32),
+      f"{split}_label": np.ones(NUM_TEST, np.int32),
+      f"{split}_prediction": (of_exits[0] < 0.8).astype(np.int32),
+      f"{split}_confidence": of_exits[1].astype(np.float32),
+      f"{split}_top5": of_exits[2] < 0.9,
+    }
+  np.savez(workdir / "scores.npz", **scores)
   return workdir
 
 
@@ -110,15 +118,32 @@ def test_the_text_is_the_table_that_is_promised(compared):
 
 def test_pictures_and_page(compared):
   workdir, _ = compared
-  folder = workdir / "comparison"
-  page = (folder / "index.html").read_text()
-  names = {path.name for path in folder.glob("*.png")}
-  assert names == {"curves.png", "gain.png", "weights.png", "leaving.png"}
-  for name in names:
-    assert_picture(folder / name)
-    assert f'src="{name}"' in page
-  assert "+2.00 [-0.48, +4.48]" in page
+  html = (workdir / "comparison" / "index.html").read_text()
+  assert_valid(html)
+  assert drawn_in(html) == {"curves", "gain", "weights", "leaving"}
+  assert "+2.00 [-0.48, +4.48]" in html
   assert not [path for path in workdir.rglob(".*") if path.is_file()]
+
+
+def test_two_seeds_have_no_interval_and_leave_the_axis_to_the_dots(tmp_path):
+  runs = {
+    name: [
+      write_run(tmp_path / f"{name[:3]}{s}", s, gain + s * gain) for s in (0, 1)
+    ]
+    for name, gain in zip(METHODS, (0, 0.01), strict=True)
+  }
+  summary = comparison.write(tmp_path, runs, "pdf")
+  assert (tmp_path / "comparison/figures/gain.pdf").read_bytes()[:4] == b"%PDF"
+  difference = summary["differences"][METHODS[1]]["budgeted"]
+  assert difference["low"] is None and difference["std"] is not None
+  text = (tmp_path / "comparison.txt").read_text()
+  assert "2 seeds, too few for an interval" in text and "[" not in text
+  found = {name: [comparison.read_run(x) for x in at] for name, at in runs.items()}
+  axes = comparison.draw(found, summary)["gain"].axes[0]
+  low, high = axes.get_ylim()
+  assert -1 < low < 0 and 2 < high < 3  # points; the seeds gain 1 and 2
+  labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+  assert labels == [METHODS[1], "a seed", "mean"]
 
 
 def test_accuracy_at_a_cost_lies_between_the_points_around_it():
@@ -171,9 +196,9 @@ def test_exits_are_counted_at_the_thresholds_of_the_run(tmp_path):
     entry["thresholds"] = (
       [0.5, None, "-inf"] if entry["q"] == 0.75 else ["inf", "inf", "-inf"]
     )
-  (workdir / "results.json").write_text(json.dumps(results))
+  directory.write_results(workdir, results)
   run = comparison.read_run(workdir)
-  first = np.load(workdir / "scores.npz")["confidence"][:, 0] >= 0.5
+  first = np.load(workdir / "scores.npz")["test_confidence"][:, 0] >= 0.5
   np.testing.assert_array_equal(run.exits, np.where(first, 0, 2))
 
 
@@ -265,7 +290,9 @@ def test_finished_runs_are_compared_and_left_alone(finished, tmp_path):
     1
   ]["accuracy"]
   assert "| l2w (n = 1)" in done.stdout and f"{100 * accuracy:.2f}" in done.stdout
-  assert done.stderr == f"compare: run 1 of 1, {tmp_path}/l2w-0\n"
+  first, second = done.stderr.splitlines()
+  assert re.match(r"compare: \d+ cpu devices? \(cpu\), JAX ", first)
+  assert second == f"compare: run 1 of 1, {tmp_path}/l2w-0"
   assert (tmp_path / "comparison/index.html").exists()
   for path, time in before.items():
     assert path == tmp_path or path.stat().st_mtime_ns == time
@@ -321,4 +348,4 @@ def test_an_interrupted_comparison_goes_on(tmp_path):
   summary = json.loads((tmp_path / "comparison.json").read_text())
   assert summary["seeds"] == 2 and list(summary["methods"]) == ["uniform", "random"]
   # Random weights are pictured, those of uniform are not.
-  assert (tmp_path / "comparison/weights.png").exists()
+  assert "weights" in drawn_in((tmp_path / "comparison/index.html").read_text())

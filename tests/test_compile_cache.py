@@ -1,7 +1,11 @@
 """Where compiled programs are kept."""
 
+import warnings
+
 import jax
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as of_jax
 
 from l2w_jax.run import compile_cache
 
@@ -48,3 +52,27 @@ def test_a_folder_that_cannot_be_made_is_done_without(unset, monkeypatch, tmp_pa
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   assert compile_cache.enable() is None
   assert not jax.config.jax_compilation_cache_dir
+
+
+@pytest.mark.parametrize("data", [b"", np.random.default_rng(0).bytes(500)])
+def test_a_damaged_entry_is_replaced_without_a_word(
+  unset, monkeypatch, tmp_path, data, capsys
+):
+  def compile_it():
+    of_jax.reset_cache()
+    return float(jax.jit(lambda x: x + 7)(np.float32(1)))
+
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  try:
+    with warnings.catch_warnings():
+      folder = compile_cache.enable()
+      assert compile_it() == 8
+      (path,) = folder.glob("*-cache")
+      path.write_bytes(data)
+      assert compile_it() == 8 and path.stat().st_size > 1000
+  finally:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    of_jax.reset_cache()
+  assert not capsys.readouterr().err

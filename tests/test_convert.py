@@ -7,10 +7,12 @@ import argparse
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
 import pytest
+from conftest import enable_x64
 
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
@@ -97,14 +99,65 @@ def test_layouts():
     lambda weights: {"epoch": 3, "state_dict": weights},
     lambda weights: {"model": {f"module.{n}": x for n, x in weights.items()}},
     lambda weights: {n: x for n, x in weights.items() if "num_batc" not in n},
+    lambda weights: {f"module._orig_mod.{name}": x for name, x in weights.items()},
+    lambda weights: {f"module.module.{name}": x for name, x in weights.items()},
+    lambda weights: {
+      n.replace("blocks.0.", "blocks.0._orig_mod."): x for n, x in weights.items()
+    },
+    lambda weights: {
+      "state_dict": {f"model.net.{n}": x for n, x in weights.items()}
+      | {"criterion.weight": np.ones(3)},
+      "epoch": 3,
+    },
+    lambda weights: {"epoch": 3, "model_state_dict": weights},
+    lambda weights: {"a": {"b": {"net": weights}}},
+    lambda weights: {
+      "net": weights,
+      "optimizer": {"state": {0: {"momentum_buffer": np.ones((2, 2))}}},
+    },
+    lambda weights: dict(sorted(weights.items(), reverse=True)) | {"epoch": 3},
   ],
-  ids=["prefix", "state_dict", "model and prefix", "no counters"],
+  ids=[
+    "prefix",
+    "state_dict",
+    "model and prefix",
+    "no counters",
+    "compiled",
+    "twice",
+    "a part compiled",
+    "Lightning",
+    "model_state_dict",
+    "deep",
+    "optimizer",
+    "another order",
+  ],
 )
 def test_how_training_scripts_save(wrap):
   backbone = build()
   state_dict = released(backbone)
   variables = convert.import_released(wrap(state_dict), backbone)
   assert_equal(convert.export_released(variables, backbone), state_dict)
+
+
+def test_of_two_that_fit_the_first_is_taken_and_named(caplog):
+  backbone = build()
+  first, second = released(backbone, 1), released(backbone, 2)
+  variables = convert.import_released({"ema": first, "model": second}, backbone)
+  assert_equal(convert.export_released(variables, backbone), first)
+  assert "behind 'ema.' and 'model.'; the first are taken" in caplog.text
+  caplog.clear()
+  second.popitem()
+  second.popitem()
+  convert.import_released({"model": second, "ema": first}, backbone)
+  assert not caplog.text
+
+
+def test_a_dictionary_in_itself():
+  content = released(build())
+  content["self"] = {"again": content}
+  assert len(convert._arrays(content)) == sum(
+    np.ndim(x) > 0 for x in released(build()).values()
+  )
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -115,7 +168,7 @@ def test_precision(given, x64):
     name: x.astype(given) if x.dtype == np.float32 else x
     for name, x in released(backbone).items()
   }
-  with jax.enable_x64(x64):
+  with enable_x64(x64):
     variables = convert.import_released(state_dict, backbone)
   expected = "float64" if x64 and given == "float64" else "float32"
   assert {x.dtype.name for x in jax.tree.leaves(variables)} == {expected}
@@ -136,6 +189,34 @@ def test_names_that_are_missing_or_unknown():
     convert.import_released(state_dict, backbone)
   with pytest.raises(ValueError, match="missing.*unknown.*check model.name"):
     convert.import_released(released(build("ranet, imagenet")), backbone)
+
+
+@pytest.mark.parametrize(
+  "given, wanted, says", [(3, 2, "1 exits less"), (2, 3, "1 exits more")]
+)
+def test_other_numbers_of_exits(given, wanted, says):
+  with pytest.raises(ValueError, match=f"the config has {says} than it.*num_exits"):
+    convert.import_released(
+      released(build(num_exits=given)), build(num_exits=wanted)
+    )
+
+
+def test_parameters_without_statistics():
+  state_dict = released(build())
+  state_dict = {n: x for n, x in state_dict.items() if "running" not in n}
+  with pytest.raises(
+    ValueError, match=r"named_parameters.*save the state_dict\(\)"
+  ):
+    convert.import_released(state_dict, build())
+
+
+@pytest.mark.parametrize("kind", ["complex64", "U3"])
+def test_weights_that_are_no_real_numbers(kind):
+  state_dict = released(build())
+  name = next(iter(state_dict))
+  state_dict[name] = state_dict[name].astype(kind)
+  with pytest.raises(ValueError, match=r"a weight of shape \(4, 3, 3, 3\) is"):
+    convert.import_released(state_dict, build())
 
 
 def test_other_numbers_of_classes():
@@ -223,7 +304,7 @@ def tiny_config():
       "model.classifier_width": 6,
     },
   )
-  return config, convert.build_backbone(config)
+  return config, convert.build_backbone(config, 10, 1)
 
 
 def test_a_run_directory_of_released_weights(tmp_path):
@@ -248,6 +329,22 @@ def test_a_run_directory_of_released_weights(tmp_path):
     convert.write_workdir(
       backbone.init(jax.random.key(0)), config, backbone, tmp_path / "run"
     )
+
+
+@pytest.mark.parametrize("name", ["msdnet", "msdnet, imagenet", "ranet, imagenet"])
+def test_no_images_are_needed(tmp_path, monkeypatch, name):
+  """Classes and channels are those of the weights, there and back."""
+  config = config_lib.defaults(name.partition(",")[0])
+  config.model.update(channels=4, growth=4, classifier_width=6)
+  config.model.update(NETWORKS[name])
+  config.data.update(source=f"folder:{tmp_path}/nowhere")
+  state_dict = released(l2w.build_backbone(config.model, 7, (64, 64, 1)))
+  monkeypatch.setattr(convert, "load_torch", lambda path: {"model": state_dict})
+  saved = {}
+  monkeypatch.setattr(convert, "save_torch", lambda path, x: saved.update(x))
+  convert.convert(tmp_path / "x.pth", config, tmp_path / "run")
+  convert.export(tmp_path / "run", tmp_path / "out.pth")
+  assert_equal(saved, state_dict)
 
 
 def test_without_pytorch(monkeypatch, tmp_path):
@@ -305,6 +402,73 @@ class TestWithPyTorch:
     convert.export(tmp_path / "run", tmp_path / "exported.pth")
     loaded = self.torch.load(tmp_path / "exported.pth", weights_only=True)
     assert_equal({name: x.numpy() for name, x in loaded.items()}, state_dict)
+
+  def imported(self, tmp_path, change):
+    """Variables of a file of changed weights, and of the weights themselves."""
+    backbone = build()
+    weights = {
+      name: self.torch.from_numpy(np.array(x))
+      for name, x in released(backbone).items()
+    }
+    self.torch.save(change(weights), tmp_path / "x.pth")
+    return tuple(
+      convert.import_released(x, backbone)
+      for x in (convert.load_torch(tmp_path / "x.pth"), released(backbone))
+    )
+
+  def test_bfloat16(self, tmp_path):
+    found, given = self.imported(
+      tmp_path, lambda weights: {n: x.bfloat16() for n, x in weights.items()}
+    )
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(given), strict=True):
+      np.testing.assert_array_equal(x, y.astype("bfloat16").astype("float32"))
+
+  def test_tensors_with_gradients(self, tmp_path):
+    parameter = self.torch.nn.Parameter
+    found, given = self.imported(
+      tmp_path,
+      lambda weights: {
+        n: parameter(x, requires_grad=x.is_floating_point())
+        for n, x in weights.items()
+      },
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, given)
+
+  @pytest.mark.parametrize("kind", ["sparse", "meta", "expanded"])
+  def test_what_is_no_plain_tensor(self, tmp_path, kind):
+    kinds = {
+      "sparse": lambda x: x.to_sparse(),
+      "meta": lambda x: x.to("meta"),
+      "expanded": lambda x: self.torch.zeros(1).expand(x.shape),
+    }
+    with pytest.raises(ValueError, match="a weight of shape.*float32 or half"):
+      self.imported(
+        tmp_path,
+        lambda weights: {
+          n: kinds[kind](x) if x.ndim == 4 else x for n, x in weights.items()
+        },
+      )
+
+  @pytest.mark.parametrize("inside", [None, "model"])
+  def test_a_whole_module(self, tmp_path, inside):
+    module = self.torch.nn.Linear(2, 2)
+    self.torch.save({inside: module} if inside else module, tmp_path / "x.pth")
+    with pytest.raises(
+      ValueError,
+      match=(
+        r"holds a torch\.nn\.\S*Linear.*x = torch\.load\(.*weights_only=False\).*"
+        r"torch\.save\(x\.state_dict\(\).*a whole module.*x\[KEY\]\.state_dict\(\)"
+      ),
+    ):
+      convert.load_torch(tmp_path / "x.pth")
+
+  def test_a_torchscript_archive(self, tmp_path):
+    path = tmp_path / "x.pt"
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)
+      self.torch.jit.script(self.torch.nn.Linear(2, 2)).save(path)
+    with pytest.raises(ValueError, match=r"torch\.jit\.load.*\.state_dict\(\)"):
+      convert.load_torch(path)
 
   def test_numpy_numbers_are_let_in(self, tmp_path):
     path = self.save(tmp_path / "x.pth", best=np.float64(71.5), n=np.int64(3))

@@ -7,6 +7,7 @@ import pytest
 
 from l2w_jax import config as config_lib
 from l2w_jax.data import augment, order, resident, sources
+from l2w_jax.data import digits as digits_lib
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,48 @@ def test_digits_splits_are_disjoint_balanced_and_whole(digits):
   assert digits.class_names == tuple("0123456789")
 
 
+def test_mixed_digits_are_each_digit_as_it_is_and_made_hard(digits):
+  config = config_lib.defaults().data
+  config.source = "digits:mixed"
+  mixed = sources.load(config)
+  for name, copies in (("train", 4), ("calibration", 1), ("test", 1)):
+    plain, found = getattr(digits, name), getattr(mixed, name)
+    num = copies * len(plain.labels)
+    np.testing.assert_array_equal(
+      found.images[:num], np.tile(plain.images, (copies, 1, 1, 1))
+    )
+    np.testing.assert_array_equal(found.labels, np.tile(plain.labels, 2 * copies))
+    hard = found.images[num:]
+    assert hard.dtype == np.uint8 and hard.max() == 16
+    # Fainter by 0.7 in the mean, a sixteenth hidden, a little lost at the border.
+    ink = hard.mean() / plain.images.mean()
+    assert 0.65 < ink < 0.8
+    every = {image.tobytes() for image in found.images}
+    assert len(every) == len(plain.labels) + len(hard)  # no draw came twice
+  with pytest.raises(ValueError, match="choose one of digits, digits:mixed, npz"):
+    config.source = "digits:hard"
+    sources.load(config)
+
+
+def test_hard_digits_are_moved_fainter_partly_hidden_and_noisy(monkeypatch):
+  monkeypatch.setattr(digits_lib, "NOISE", 0)
+  images = np.zeros((200, 8, 8, 1), np.uint8)
+  images[:, 3, 4] = 16  # one pixel of ink
+  hard = digits_lib.make_hard(images, np.random.RandomState(1))
+  at = np.argwhere(hard)
+  assert set(np.unique(at[:, 1])) == {2, 3, 4} and set(np.unique(at[:, 2])) == {
+    3,
+    4,
+    5,
+  }
+  shown = hard.max((1, 2, 3))
+  assert 0.85 < np.mean(shown > 0) < 1  # hidden in about 4 of 49 places
+  assert shown[shown > 0].min() >= 6 and shown.max() <= 16
+  monkeypatch.setattr(digits_lib, "NOISE", 0.1)
+  noise = digits_lib.make_hard(np.full_like(images, 8), np.random.RandomState(1))
+  assert 1 < noise.std() < 4
+
+
 def test_statistics_are_those_of_the_train_pixels(digits):
   pixels = digits.train.images.astype(np.float64)
   np.testing.assert_allclose(digits.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
@@ -41,22 +84,20 @@ def test_statistics_are_those_of_the_train_pixels(digits):
 def counting_data(num_train):
   index = np.arange(num_train)
   return {
-    "image": np.broadcast_to(
-      index.astype(np.uint8)[:, None, None, None], (num_train, 4, 4, 1)
-    ),
+    "image": np.broadcast_to(index.astype(np.uint8)[:, None], (num_train, 16)),
     "label": index.astype(np.int32),
     "mean": np.zeros(1, np.float32),
     "std": np.ones(1, np.float32),
   }
 
 
-def make_batch_fn(batch, seed=0, augment="none"):
+def make_batch_fn(batch, seed=0, augment="none", shape=(4, 4, 1)):
   """(data, step) -> both halves of the loader batch, one after the other."""
   config = config_lib.defaults()
   config.batch = batch
   config.data.augment = augment
   config.data.pad = 1
-  halves_fn = jax.jit(resident.make_halves_fn(config))
+  halves_fn = jax.jit(resident.make_halves_fn(config, shape))
   key = jax.random.key_data(jax.random.key(seed))
 
   def batch_fn(data, step):
@@ -98,10 +139,10 @@ def test_a_batch_depends_on_the_key_and_the_step_alone():
 def test_augmentation_differs_between_epochs_and_images(digits):
   # Four copies of one image: an epoch is a step, and only the shifts differ.
   data = resident.arrays(digits) | {
-    "image": digits.train.images[[0] * 4],
+    "image": digits.train.images[[0] * 4].reshape(4, -1),
     "label": digits.train.labels[:4],
   }
-  batch_fn = make_batch_fn(4, augment="shift")
+  batch_fn = make_batch_fn(4, augment="shift", shape=(8, 8, 1))
   images = np.concatenate([batch_fn(data, t)["image"] for t in range(8)])
   distinct = {image.tobytes() for image in images}
   assert 5 <= len(distinct) <= 9  # nine shifts by up to one pixel

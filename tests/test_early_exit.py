@@ -15,7 +15,7 @@ from l2w_jax import models
 from l2w_jax.data import sources
 from l2w_jax.exits import early_exit
 from l2w_jax.exits import policy as exit_policy
-from l2w_jax.results import evaluate
+from l2w_jax.run import directory
 
 
 def make_network(name="msdnet", measure="probability", **overrides):
@@ -67,7 +67,7 @@ def assert_equals_simulation(network, images):
   prediction, confidence = network.simulate(images)
   exits = np.asarray(exit_policy.exits_taken(confidence, network.thresholds))
   rows = np.arange(len(images))
-  np.testing.assert_array_equal(answers.exit, exits)
+  np.testing.assert_array_equal(answers.exit, exits + 1)
   np.testing.assert_array_equal(answers.label, prediction[rows, exits])
   np.testing.assert_array_equal(answers.confidence, confidence[rows, exits])
   return exits
@@ -92,7 +92,7 @@ def test_everyone_may_leave_at_one_exit(network, stop):
   thresholds = np.where(np.arange(3) < stop, np.inf, -np.inf)
   images = make_images(150)
   answers = network.with_thresholds(thresholds).predict(images)
-  np.testing.assert_array_equal(answers.exit, stop)
+  np.testing.assert_array_equal(answers.exit, stop + 1)
   prediction, _ = network.simulate(images)
   np.testing.assert_array_equal(answers.label, prediction[:, stop])
 
@@ -135,9 +135,10 @@ def test_one_image_is_answered_by_one_program(network, compilations):
   before, exits = compilations(), set()
   for image in images:
     answer = own.answer(image)
+    (found,) = zip(answer.label, answer.exit, answer.confidence, strict=True)
     prediction, confidence = own.simulate_one(image)
     k = int(exit_policy.exits_taken(confidence[None], own.thresholds)[0])
-    assert answer == (prediction[k], k, confidence[k])
+    assert found == (prediction[k], k + 1, confidence[k])
     exits.add(k)
   assert exits == {0, 1, 2}
   # exits_taken is compiled once, outside the network.
@@ -172,7 +173,7 @@ def test_late_stages_run_full(network):
   own._programs = [counted(k, p) for k, p in enumerate(own._programs)]
   halves = np.split(own.predict(images).exit, 2)
   for k in range(3):
-    assert runs.count(k) == sum(-(-(half >= k).sum() // 32) for half in halves)
+    assert runs.count(k) == sum(-(-(half > k).sum() // 32) for half in halves)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_a_run_is_loaded_with_its_thresholds(workdir, tiny_config):
   chosen = results["chosen"]
   assert np.mean(answers.label == test.labels) == pytest.approx(chosen["accuracy"])
   np.testing.assert_allclose(
-    np.bincount(answers.exit) / 360, chosen["exits"], rtol=1e-6
+    np.bincount(answers.exit - 1) / 360, chosen["exits"], rtol=1e-6
   )
   assert network.class_names == tuple("0123456789")
 
@@ -247,18 +248,92 @@ def test_the_script_that_measures_takes_a_run(workdir, tiny_config):
 def test_what_does_not_fit_the_run_is_refused(workdir, tiny_config):
   path = workdir / "results.json"
   results = json.loads(path.read_text())
-  path.write_text(json.dumps(results | {"step": 3}))
+  directory.write_results(workdir, results | {"step": 3})
   with pytest.raises(ValueError, match="step 3, .* step 16; run --mode=evaluate"):
     early_exit.load(workdir)
-  path.write_text(json.dumps(results | {"num_classes": 7}))
-  with pytest.raises(ValueError, match="trained for 7 classes"):
-    evaluate.evaluate(workdir, tiny_config)
-  path.write_text(json.dumps(results | {"image_shape": [16, 16, 1]}))
-  with pytest.raises(ValueError, match="images of 16×16×1, but its data now"):
-    evaluate.evaluate(workdir, tiny_config)
+  fewer = {"num_classes": 7, "class_names": list("abcdefg")}
+  fewer["chosen"] = results["chosen"] | {
+    "classes": results["chosen"]["classes"][:7]
+  }
+  directory.write_results(workdir, results | fewer)
+  with pytest.raises(ValueError, match="is sound, but .*of another network"):
+    early_exit.load(workdir)
+  chosen = results["chosen"] | {"thresholds": [0.1, "-inf"]}
+  for edited in ({"std": [9.0]}, {"chosen": chosen}, {"confidence": "margin"}):
+    path.write_text(json.dumps(results | edited))
+    with pytest.raises(ValueError, match="digest differs.*--mode=evaluate"):
+      early_exit.load(workdir)
+  path.write_text(
+    json.dumps(results, sort_keys=True)
+  )  # the same, otherwise written
+  early_exit.load(workdir)
   path.write_text("{}")
   with pytest.raises(ValueError, match="cannot use .*lacks .*--mode=evaluate"):
     early_exit.load(workdir)
   path.unlink()
   with pytest.raises(ValueError, match="missing; run .*--mode=evaluate"):
     early_exit.load(workdir)
+
+
+def test_an_answer_says_all_that_is_known_of_it(network):
+  images = make_images(70)
+  own = early_exit.EarlyExit(
+    network.backbone,
+    network.variables,
+    np.asarray(thresholds_for(network, images)),
+    network.mean,
+    network.std,
+    class_names=("ant", "bee", "cat", "dog", "emu"),
+    temperatures=[0.5, 2.0, 4.0],
+  )
+  answers = own.predict(images)
+  exits = answers.exit - 1
+  assert len(answers) == 70 and set(exits) == {0, 1, 2}
+  x = jnp.asarray((images.astype(np.float32) - 120) / 60)
+  logits = network.backbone.apply(network.variables, x)[np.arange(70), exits]
+  np.testing.assert_allclose(answers.logits, logits, rtol=1e-4, atol=1e-3)
+  plain, scaled_ = answers.probabilities(), answers.probabilities(scaled=True)
+  np.testing.assert_allclose(plain, jax.nn.softmax(answers.logits), rtol=1e-5)
+  np.testing.assert_allclose(plain.max(1), answers.confidence, rtol=1e-5)
+  np.testing.assert_allclose(
+    scaled_,
+    jax.nn.softmax(answers.logits / np.float32([0.5, 2, 4])[exits][:, None]),
+    rtol=1e-5,
+  )
+  np.testing.assert_array_equal(answers.macs, own.backbone.macs[exits])
+  classes, likely = answers.top(2)
+  np.testing.assert_array_equal(classes[:, 0], answers.label)
+  np.testing.assert_array_equal(likely, np.sort(plain, 1)[:, :-3:-1])
+  assert answers.class_name[0] == own.class_names[answers.label[0]]
+  np.testing.assert_array_equal(own.predict_proba(images, scaled=True), scaled_)
+  one = own.answer(images[0])
+  np.testing.assert_allclose(one.logits[0], answers.logits[0], rtol=1e-4)
+  assert one.macs[0] == own.backbone.macs[one.exit[0] - 1]
+
+
+def test_a_target_is_met_for_a_network_and_for_a_call(network):
+  images = make_images(200)
+  _, confidence = network.simulate(images)
+  correct = np.arange(3) == np.full((200, 1), 2)  # so going on is worth its cost
+  own = early_exit.EarlyExit(
+    network.backbone,
+    network.variables,
+    [np.inf] * 3,
+    network.mean,
+    network.std,
+    calibration=early_exit.Calibration(confidence, correct),
+  )
+  limit = 0.7 * own.backbone.macs[-1]
+  for answers in (
+    own.predict(images, target=f"macs:{limit}"),
+    own.with_target(f"macs:{limit}").predict(images),
+  ):
+    assert 0.5 * limit < answers.macs.mean() <= limit
+  assert set(own.predict(images).exit) == {3}
+  assert set(own.predict(images, thresholds=[-np.inf] * 3).exit) == {1}
+  with pytest.raises(ValueError, match="a target or thresholds, not both"):
+    own.predict(images, target="q:1", thresholds=[0] * 3)
+  with pytest.raises(ValueError, match="did you mean accuracy:0.93"):
+    own.predict(images, target="accuracy:93")
+  with pytest.raises(ValueError, match="without scores of a calibration split"):
+    network.predict(images, target="q:1")

@@ -1,5 +1,6 @@
 """Scores, curves and results.json: every sample once, thresholds held out."""
 
+import csv
 import json
 import shutil
 from fractions import Fraction
@@ -12,8 +13,8 @@ from toy import LinearExits
 
 from l2w_jax.data import sources
 from l2w_jax.exits import policy as exit_policy
-from l2w_jax.results import evaluate
-from l2w_jax.training import scores
+from l2w_jax.results import evaluate, summary
+from l2w_jax.training import identity, scores
 
 SHAPE, CLASSES, EXITS = (2, 3, 1), LinearExits.num_classes, LinearExits.num_exits
 
@@ -62,17 +63,50 @@ def test_every_sample_is_scored_once_and_in_order(
     np.testing.assert_array_equal(
       found.correct, found.prediction == split.labels[:, None]
     )
+    # Of four classes, all are among the five likeliest.
+    assert found.top5.all() and found.top5.shape == (num, EXITS)
+    np.testing.assert_array_equal(found.label, split.labels)
     assert found.confidence.dtype == np.float32
-    assert found.prediction.dtype == np.int32
+    assert found.prediction.dtype == found.label.dtype == np.int32
 
 
-def make_scores(num, seed):
+class Tens(LinearExits):
+  """Logits that are pixels: 12 classes, one exit after the other."""
+
+  num_classes = 12
+
+  def apply(self, variables, x):
+    return jnp.stack([x.reshape(len(x), -1), -x.reshape(len(x), -1)], 1)
+
+
+def test_top5_holds_the_five_likeliest_classes(tiny_config):
+  rng = np.random.default_rng(0)
+  # The lower of equal classes is the likelier one, as for the prediction.
+  images = rng.integers(0, 8, (40, 2, 6, 1), np.uint8)
+  split = sources.Split(images, rng.integers(0, 12, 40).astype(np.int32))
+  dataset = make_dataset(1)._replace(
+    train=split, calibration=split, test=split, class_names=tuple("abcdefghijkl")
+  )
+  tiny_config.evaluate.batch = 16
+  found = scores.compile_scorer({}, Tens(), dataset, tiny_config, 1)({}, split)
+  pixels = images.reshape(40, 12).astype(int)
+  for k, values in enumerate((pixels, -pixels)):
+    above = (values > values[range(40), split.labels][:, None]).sum(1)
+    before = [
+      (values[i, :label] == values[i, label]).sum()
+      for i, label in enumerate(split.labels)
+    ]
+    np.testing.assert_array_equal(found.top5[:, k], above + before < 5)
+
+
+def make_scores(num, seed, num_classes=CLASSES):
   rng = np.random.default_rng(seed)
   prediction = rng.integers(0, 2, (num, EXITS)).astype(np.int32)
   # A grid, so that there are ties.
   confidence = (rng.integers(1, 30, (num, EXITS)) / 30).astype(np.float32)
-  logits = rng.normal(size=(num, EXITS, CLASSES)).astype(np.float32)
-  return scores.Scores(confidence, prediction, prediction == 1, logits)
+  logits = rng.normal(size=(num, EXITS, num_classes)).astype(np.float32)
+  top5 = rng.random((num, EXITS)) < 0.9
+  return scores.Scores(np.ones(num, np.int32), prediction, confidence, top5, logits)
 
 
 def test_curves_are_the_oracles():
@@ -85,7 +119,7 @@ def test_curves_are_the_oracles():
   thresholds = np.stack(
     [oracles.thresholds(calibration.confidence, c) for c in counts]
   )
-  curves = evaluate.curves(calibration, test, macs, jnp.asarray(thresholds))
+  curves = summary.curves(calibration, test, macs, "released")
   # Float32 fractions of small counts.
   near = {"rel": 1e-6}
   for k, row in enumerate(curves["anytime"]):
@@ -116,6 +150,38 @@ def test_curves_are_the_oracles():
   json.dumps(curves, allow_nan=False)
 
 
+def test_top5_has_curves_from_eleven_classes_on():
+  few = summary.curves(make_scores(9, 0), make_scores(8, 1), np.ones(EXITS))
+  test = make_scores(8, 1, num_classes=11)
+  many = summary.curves(make_scores(9, 0, num_classes=11), test, np.ones(EXITS))
+  for name in ("anytime", "budgeted"):
+    assert not any("top5_accuracy" in row for row in few[name])
+  assert [row["top5_accuracy"] for row in many["anytime"]] == pytest.approx(
+    test.top5.mean(0).tolist()
+  )
+  row = many["budgeted"][20]
+  taken = (test.confidence >= np.float32(row["thresholds"])).argmax(1)
+  assert row["top5_accuracy"] == pytest.approx(
+    test.top5[np.arange(8), taken].mean(), rel=1e-6
+  )
+
+
+def test_a_point_counts_classes_answered_as_others():
+  calibration, test = make_scores(61, 0), make_scores(47, 1)
+  names = ("a", "b", "c", "d")
+  chosen = summary.operating_point(
+    calibration, test, np.array([1, 2, 3]), names, "q:0.75"
+  )
+  taken = (test.confidence >= np.float32(chosen["thresholds"])).argmax(1)
+  answers = test.prediction[np.arange(47), taken]
+  # All are of class b, and answers are a or b.
+  wrong = int((answers == 0).sum())
+  assert chosen["confused"] == [{"class": "b", "as": "a", "images": wrong}]
+  rows = summary.confusion_rows(test, chosen, names)
+  assert rows[0][1:] == list(names) and rows[2] == ["b", wrong, 47 - wrong, 0, 0]
+  assert rows[1] == ["a", 0, 0, 0, 0] and len(rows) == 5
+
+
 @pytest.fixture
 def workdir(finished, tmp_path):
   return shutil.copytree(finished.workdir, tmp_path / "run")
@@ -123,7 +189,7 @@ def workdir(finished, tmp_path):
 
 def results_of(workdir, config, dataset=None, monkeypatch=None):
   if dataset is not None:
-    monkeypatch.setattr(sources, "load", lambda config: dataset)
+    monkeypatch.setattr(identity, "open_data", lambda *unused: (dataset, None))
   evaluate.evaluate(workdir, config)
   return json.loads((workdir / "results.json").read_text())
 
@@ -199,14 +265,80 @@ def test_without_a_checkpoint_there_is_one_clear_error(tmp_path, tiny_config):
   assert not list(tmp_path.iterdir())
 
 
-def test_scores_of_the_test_split_give_the_accuracies(finished):
+def test_scores_of_both_splits_give_the_accuracies(finished):
   results = json.loads((finished.workdir / "results.json").read_text())
-  with np.load(finished.workdir / "scores.npz") as scores:
-    assert scores["confidence"].shape == scores["correct"].shape == (360, 2)
-    assert scores["confidence"].dtype == np.float32
-    assert scores["correct"].dtype == bool
-    np.testing.assert_allclose(
-      scores["correct"].mean(0),
-      [row["accuracy"] for row in results["anytime"]],
-      rtol=1e-6,
-    )
+  with np.load(finished.workdir / "scores.npz") as kept:
+    for split, name in (
+      ("calibration", "calibration_accuracy"),
+      ("test", "accuracy"),
+    ):
+      found = scores.Scores(*(kept[f"{split}_{x}"] for x in scores.Scores._fields))
+      assert found.confidence.shape == found.correct.shape == (360, 2)
+      assert found.confidence.dtype == np.float32 and found.top5.dtype == bool
+      np.testing.assert_allclose(
+        found.correct.mean(0), [row[name] for row in results["anytime"]], rtol=1e-6
+      )
+
+
+def test_a_new_target_needs_no_network(workdir, tiny_config, monkeypatch):
+  tiny_config.evaluate.target = "accuracy:0.4"
+  anew = evaluate.evaluate(workdir, tiny_config)  # every key but the times
+  tiny_config.evaluate.target = "macs:1e5"
+  with monkeypatch.context() as patch:
+    patch.setattr(scores, "compile_scorer", None)
+    patch.setattr(identity, "open_data", None)
+    kept = evaluate.evaluate(workdir, tiny_config)
+  assert kept["chosen"]["target"] == "macs:1e5"
+  assert kept["chosen"]["macs"] != anew["chosen"]["macs"]
+  # The same by the network.
+  (workdir / "scores.npz").unlink()
+  scored = evaluate.evaluate(workdir, tiny_config)
+  for name in kept.keys() - {"seconds", "digest"}:
+    assert kept[name] == scored[name], name
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"evaluate.confidence": "entropy"},
+    {"evaluate.calibration": "released"},
+    {"evaluate.target": "q:0.75"},  # that of before: told to evaluate again
+    {"data.data_dir": "/elsewhere"},
+  ],
+)
+def test_what_scores_depend_on_is_scored_anew(workdir, tiny_config, change):
+  tiny_config.evaluate.target = "macs:1e5"
+  tiny_config.update_from_flattened_dict(change)
+  assert evaluate._kept(workdir, tiny_config) is None
+
+
+def test_scores_of_another_checkpoint_are_not_used(workdir, tiny_config):
+  tiny_config.evaluate.target = "macs:1e5"
+  assert evaluate._kept(workdir, tiny_config) is not None
+  latest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+  shutil.rmtree(workdir / "checkpoints" / str(latest))
+  assert evaluate._kept(workdir, tiny_config) is None
+
+
+def test_every_point_is_a_row_of_a_table(finished):
+  results = json.loads((finished.workdir / "results.json").read_text())
+  with (finished.workdir / "curves.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row["curve"] for row in rows] == ["anytime"] * 2 + ["budgeted"] * 39 + [
+    "chosen"
+  ]
+  for row, point in zip(
+    rows,
+    [*results["anytime"], *results["budgeted"], results["chosen"]],
+    strict=True,
+  ):
+    assert float(row["accuracy"]) == point["accuracy"]
+    assert float(row["cost"]) == point["macs"] / results["macs"][-1]
+  assert [float(rows[-1][f"leaving_{k}"]) for k in (1, 2)] == results["chosen"][
+    "exits"
+  ]
+  with (finished.workdir / "confusion.csv").open() as file:
+    table = [row[1:] for row in csv.reader(file)][1:]
+  assert np.trace(np.array(table, int)) == round(
+    360 * results["chosen"]["accuracy"]
+  )

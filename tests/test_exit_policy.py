@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from conftest import enable_x64
 
 from l2w_jax.exits import policy as exit_policy
 
@@ -109,7 +110,7 @@ def test_search_in_double_precision_equals_the_released_one():
   with np.load(GOLDEN / "threshold_k5_n600_c10_ties.npz") as file:
     golden = dict(file)
   confidence, correct = split_of(golden, "val")
-  with jax.enable_x64(True):
+  with enable_x64(True):
     found = exit_policy.find_thresholds(
       confidence.astype(np.float64), golden["target_probs"]
     )

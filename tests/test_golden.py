@@ -7,9 +7,9 @@ test_exit_policy. experiments/check_golden.py runs all of a folder.
 import pathlib
 
 import golden_fixtures
-import jax
 import numpy as np
 import pytest
+from conftest import enable_x64
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 FORWARD = sorted(path.stem for path in FOLDER.glob("forward_*.npz"))
@@ -30,7 +30,7 @@ def test_cost_parameters_and_names_are_the_released_ones(name):
   "name", ["forward_msdnet_cifar10_nb5_lin_prunemin", "forward_ranet_cifar100_lg2"]
 )
 def test_logits_and_statistics_are_the_released_ones(name):
-  with jax.enable_x64(True), np.load(FOLDER / f"{name}.npz") as fixture:
+  with enable_x64(True), np.load(FOLDER / f"{name}.npz") as fixture:
     errors = golden_fixtures.compare_forward(fixture)
   assert set(errors) == {"eval", "train", "running statistics"}
   assert max(errors.values()) < 1e-12, errors  # rounding, measured 2e-14
@@ -47,7 +47,7 @@ def test_float32_logits_are_the_released_ones():
 def test_six_half_steps_are_the_released_ones():
   # The other centrings and inputs are held against the NumPy oracle.
   path = FOLDER / "step_loss_col_interval2.npz"
-  with jax.enable_x64(True), np.load(path) as fixture:
+  with enable_x64(True), np.load(path) as fixture:
     errors = golden_fixtures.compare_step(fixture)
   assert errors.pop("allocation") == 0
   assert set(errors) == {

@@ -51,6 +51,11 @@ def test_importing_pulls_in_nothing_heavy():
   assert {name.split(".")[0] for name in loaded}.isdisjoint(HEAVY)
 
 
+def test_flags_are_read_before_jax_is_there():
+  loaded = python("import sys, l2w_jax, l2w_jax.main; print(*sys.modules)").split()
+  assert "l2w_jax.run.command" in loaded and "jax" not in loaded
+
+
 def imported(path: pathlib.Path) -> set[str]:
   """Modules and folders directly under the package that a file imports."""
   found = set()

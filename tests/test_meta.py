@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import enable_x64
 
 from l2w_jax.method import estimators, meta, weighting
 
 
 @pytest.fixture(autouse=True)
 def x64():
-  with jax.enable_x64(True):
+  with enable_x64(True):
     yield
 
 

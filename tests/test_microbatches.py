@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_parallel
+from conftest import enable_x64
 from test_train_step import STEPS_PER_EPOCH, as_state, initial_values, make_batch
 from test_train_step import make_config as linear_config
 from toy import LinearExits, NormalizedExits
@@ -40,7 +41,7 @@ class InParts(Backbone):
 
 
 def run(backbone, config, state, batches):
-  with jax.enable_x64(True):
+  with enable_x64(True):
     step = l2w_jax.make_train_step(
       backbone, config, steps_per_epoch=STEPS_PER_EPOCH
     )
@@ -59,7 +60,7 @@ def assert_same(one, other):
 
 def run_linear(backbone, config, num_parts):
   config.microbatches = num_parts
-  with jax.enable_x64(True):
+  with enable_x64(True):
     state = as_state(initial_values(config), config)
   return run(backbone, config, state, [make_batch(16, t) for t in range(3)])
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, enable_x64
 from flax import linen as nn
 from flax import traverse_util
+from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
 import l2w_jax as l2w
@@ -167,7 +168,7 @@ def test_batch_norm_is_pytorchs():
   """Biased variance normalises, the unbiased one is stored with weight 0.1."""
   x = np.random.default_rng(0).normal(2.0, 3.0, (4, 2, 2, 3))
   norm = layers.BatchNorm(3)
-  with jax.enable_x64(True):
+  with enable_x64(True):
     variables = {
       "params": {"scale": jnp.full(3, 1.5), "bias": jnp.full(3, 0.5)},
       "batch_stats": {"mean": jnp.full(3, 0.2), "var": jnp.full(3, 2.0)},
@@ -258,22 +259,24 @@ def test_a_layer_that_does_not_say_how_it_starts_is_refused():
 
 
 # Prints by how much the variances of two norms on four devices are wrong, for each
-# ratio of mean to standard deviation.
+# ratio of mean to standard deviation; the running mean is off by 2 of the latter.
 FAR_FROM_ZERO = """
 import jax
 import jax.numpy as jnp
 import numpy as np
 from l2w_jax.models import layers
 
-def variances(x):
+def variances(x, running):
   images, ones = [x, x[..., :2]], [jnp.ones(6), jnp.ones(2)]
-  return layers._normalize("devices", images, ones, ones)[2]
+  centres = [running * x for x in ones]
+  return layers._normalize("devices", images, ones, ones, centres)[2]
 
 for ratio in (1, 100, 1000):
   x = np.random.default_rng(ratio).normal(ratio, 1, (4, 8, 4, 4, 6))
   x = x.astype(np.float32)
   true = x.var((0, 1, 2, 3), dtype=float)
-  found = jax.pmap(variances, axis_name="devices")(x)
+  run = jax.pmap(variances, axis_name="devices", in_axes=(0, None))
+  found = run(x, np.float32(ratio + 2))
   print(max(np.abs(var / true[: var.shape[-1]] - 1).max() for var in found))
 """
 
@@ -293,6 +296,66 @@ def test_the_variance_over_devices_is_right_far_from_zero():
   assert len(errors) == 3 and max(errors) < 1e-5
 
 
+@pytest.mark.parametrize("offset", [0.0, 3.0, 1000.0])
+def test_the_running_mean_is_only_where_sums_are_taken_around(offset):
+  x = np.random.default_rng(0).normal(1, 2, (16, 4, 4, 3))
+  with enable_x64(True):
+    norm, zeros, ones = layers.BatchNorm(3), jnp.zeros(3), jnp.ones(3)
+    variables = {
+      "params": {"scale": ones, "bias": zeros},
+      "batch_stats": {"mean": zeros + offset, "var": ones},
+    }
+    y, kept = norm.apply(
+      variables, jnp.asarray(x), layers.Mode(True), mutable=["batch_stats"]
+    )
+  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+  np.testing.assert_allclose(
+    y, (x - mean) / np.sqrt(var + layers.BN_EPS), atol=1e-9
+  )
+  stats = kept["batch_stats"]
+  np.testing.assert_allclose(stats["mean"], 0.9 * offset + 0.1 * mean, rtol=1e-12)
+  unbiased = var * 256 / 255
+  np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * unbiased, rtol=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_products_are_as_precise_as_asked_for(precision):
+  backbone = build("msdnet", precision=precision)
+  variables = backbone.init(jax.random.key(0))
+  images = jnp.ones((2, *backbone.image_shape))
+
+  def products(jaxpr):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+        yield equation.params["precision"]
+      for inner in jaxprs_in_params(equation.params):
+        yield from products(inner)
+
+  wanted = getattr(jax.lax.Precision, precision.upper())
+  for function in (
+    lambda v: backbone.apply(v, images).sum(),
+    lambda v: backbone.stage(v, 0, images)[1].sum(),
+  ):
+    found = list(products(jax.make_jaxpr(jax.grad(function))(variables).jaxpr))
+    assert len(found) > 5
+    if precision == "default":
+      assert all(x is None for x in found)
+    else:
+      assert all(set(x) == {wanted} for x in found)
+
+
+def test_no_variance_is_below_zero():
+  x = jnp.full((8, 4, 4, 1), 12345.678, jnp.float32)
+  variables = {
+    "params": {"scale": jnp.ones(1), "bias": jnp.zeros(1)},
+    "batch_stats": {"mean": jnp.zeros(1), "var": jnp.ones(1)},
+  }
+  y, kept = layers.BatchNorm(1).apply(
+    variables, x, layers.Mode(True), mutable=["batch_stats"]
+  )
+  assert np.isfinite(y).all() and kept["batch_stats"]["var"] >= 0.9
+
+
 def test_norms_of_one_depth_send_one_message():
   norm = functools.partial(layers._normalize, "devices")
   images = [jnp.ones((2, 2, 2, width)) for width in (3, 5)]
@@ -302,8 +365,8 @@ def test_norms_of_one_depth_send_one_message():
     traced = jax.make_jaxpr(function, axis_env=[("devices", 4)])(*arguments)
     return scaling.chain(traced.jaxpr)[0]
 
-  assert messages(norm, images, scales, scales) == 1
-  arguments = (images, scales, scales)
+  assert messages(norm, images, scales, scales, scales) == 1
+  arguments = (images, scales, scales, scales)
   # The statistics, and the means of the derivative.
   assert messages(lambda *a: jax.jvp(norm, a, a), *arguments) == 2
 

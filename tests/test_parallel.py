@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import enable_x64
 from ml_collections import ConfigDict
 from test_train_step import parts_in_order
 from toy import LinearExits
@@ -238,7 +239,7 @@ def run_steps(
   config: ConfigDict, backbone, state, num_devices: int, steps: int = STEPS
 ):
   """(replicas of the state [D …], metrics of both halves of each step)."""
-  with jax.enable_x64(True):
+  with enable_x64(True):
     feed = resident.ResidentFeed(
       make_dataset(config), config, jax.random.key(1), num_devices
     )
@@ -338,11 +339,10 @@ def local_step(config: ConfigDict, backbone, state, num_shards: int):
       for d in range(num_shards)
     ]
 
-  with jax.enable_x64(True):
-    halves = jax.jit(resident.make_halves_fn(config))(
-      resident.arrays(make_dataset(config)),
-      jax.random.key_data(jax.random.key(1)),
-      jnp.int32(0),
+  with enable_x64(True):
+    dataset = make_dataset(config)
+    halves = jax.jit(resident.make_halves_fn(config, dataset.image_shape))(
+      resident.arrays(dataset), jax.random.key_data(jax.random.key(1)), jnp.int32(0)
     )
     alone = jax.jit(
       step_lib.make_half_step(backbone, config, steps_per_epoch=STEPS_PER_EPOCH)
@@ -632,8 +632,9 @@ def test_a_missing_collective_is_seen(results, bug):
 def test_eight_devices_agree_with_one_for_five_steps():
   worst = run_program(8, "some")
   assert worst["cases"] == 2 and worst["replicas_equal"]
-  # Float64, five steps: rounding grows tenfold in them.
-  assert worst["state"] < 1e-12 and worst["metrics"] < 1e-12
+  # Float64: rounding, 1e-13 after one step of RANet, has grown to 1e-12 after five.
+  # A missing collective, above, is seen from 1e-9.
+  assert worst["state"] < 1e-11 and worst["metrics"] < 1e-11
 
 
 @pytest.mark.parametrize("network", ["linear", "msdnet"])
@@ -710,3 +711,17 @@ if __name__ == "__main__":
     print_grid([("ranet", "exits", 2, 1), ("msdnet", "all", 1, 2)], ["jvp"], [8])
   else:
     main()
+
+
+@pytest.mark.parametrize(
+  ("batch", "num_devices", "fuller"),
+  [
+    (1024, 8, 2048),
+    (2048, 8, None),
+    (1024, 4, None),
+    (256, 1, None),
+    (4096, 8, None),
+  ],
+)
+def test_a_batch_that_fills_the_lanes_of_a_tpu(batch, num_devices, fuller):
+  assert parallel.fuller_batch(batch, num_devices) == fuller

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import test_parallel as one_process
-from conftest import ROOT, tiny_flags
+from conftest import ROOT, enable_x64, tiny_flags
 from jax.experimental import multihost_utils
 
 from l2w_jax.data import feeds
@@ -45,7 +45,7 @@ def outcome(name, num_devices):
   """Leaves of state and metrics of the last of two steps."""
   config, backbone, dataset = start_case(name)
   state = one_process.start(config, backbone)
-  with jax.enable_x64(True):
+  with enable_x64(True):
     feed = feeds.make_feed(dataset, config, jax.random.key(1), num_devices)
     step_fn = loop.Step(backbone, config, one_process.STEPS_PER_EPOCH, num_devices)
     state = parallel.replicate(state, num_devices)
@@ -76,6 +76,11 @@ def main(coordinator, num_processes, process_id, folder, *cases):
     for i, leaf in enumerate(outcome(name, num_devices))
   }
   assert parallel.from_writer({"process": int(process_id)}) == {"process": 0}
+  agree = parallel.Agreement(num_devices)
+  said = [agree(int(process_id) if step < 2 else 0, 5) for step in range(4)]
+  last = int(num_processes) - 1
+  assert said == [(0, 0), (last, 5), (last, 5), (0, 5)]
+  assert parallel.largest(int(process_id)) == last
   np.savez(
     pathlib.Path(folder) / f"{process_id}.npz",
     **arrays,

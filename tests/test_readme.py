@@ -103,3 +103,22 @@ def test_the_lines_that_read_results_read_them(finished, monkeypatch, capsys):
   exec(code, {})
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 1 + 39 and lines[1].startswith("0.05 ")
+
+
+def test_the_lowest_versions_are_those_of_setup():
+  setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+  floors = re.findall(r'^    "([\w-]+)(?:\[.*\])?>=([\d.]+)', setup, re.MULTILINE)
+  table = README.split("## Versions")[1].split("\n## ")[0]
+  rows = re.findall(r"^\| `([\w-]+)`[^|]*\| ([\d.]+) \|", table, re.MULTILINE)
+  assert rows == floors and len(floors) > 10
+  (excluded,) = re.findall(r'"jax>=[\d.]+,(.*)"', setup)
+  assert all(version[2:] in table for version in excluded.split(","))
+
+
+def test_promises_are_held_by_tests_that_exist():
+  page = (ROOT / "docs/promises.md").read_text(encoding="utf-8")
+  rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+  for row in rows:
+    names = re.findall(r"`(test_\w+\.py)`", row.split("|")[-2])
+    assert names, row
+    assert all((ROOT / "tests" / name).is_file() for name in names), row

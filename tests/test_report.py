@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
+import html5lib
 import numpy as np
 import pytest
-from PIL import Image
 
+from l2w_jax.results import drawing, intervals
+from l2w_jax.results import page as page_lib
 from l2w_jax.results.figures import draw_curves, draw_samples
 from l2w_jax.results.report import write_report
 from l2w_jax.run import directory
 
 ROOT = pathlib.Path(__file__).parents[1]
-PICTURES = {"curves.png", "exits.png", "samples.png", "training.png"}
+PICTURES = {"curves", "classes", "reliability", "samples", "training"}
 QS = [q / 20 for q in range(1, 40)]
 
 
@@ -35,6 +38,7 @@ def make_results(num_exits: int, method: str = "l2w", qs=QS) -> dict:
         "q": q,
         "thresholds": thresholds,
         "calibration_accuracy": 0.9712,
+        "calibration_macs": 1.01 * float(shares @ macs),
         "accuracy": float(shares @ accuracy) + 0.004 * q,
         "macs": float(shares @ macs),
         "exits": shares.tolist(),
@@ -68,20 +72,39 @@ def make_results(num_exits: int, method: str = "l2w", qs=QS) -> dict:
     ],
     "budgeted": budgeted,
     "confidence": "margin",
+    "calibration": "held_out",
     "chosen": budgeted[0]
     | {
       "target": f"q:{budgeted[0]['q']:g}",
-      "calibration_macs": 1.01 * budgeted[0]["macs"],
+      "note": "",
+      "confused": [{"class": "3", "as": "8", "images": 2}],
       "exit_accuracy": accuracy,
       "classes": [
-        {"class": "3", "accuracy": 0.9, "macs": 4e5, "left": [6] * num_exits}
+        {
+          "class": str(digit),
+          "accuracy": 0.9 if digit == 3 else None,
+          "macs": 4e5 if digit == 3 else None,
+          "left": [6 if digit == 3 else 0] * num_exits,
+        }
+        for digit in range(10)
       ],
     },
     "temperatures": [
-      {"exit": k + 1, "temperature": 1.5, "ece": 0.05, "ece_scaled": 0.01}
+      {
+        "exit": k + 1,
+        "temperature": 1.5,
+        "ece": 0.05,
+        "ece_scaled": 0.01,
+        "ece_calibrated": None,
+        "ece_calibrated_high": None,
+        "samples": 360,
+        "reliability": [{"confidence": 0.9, "accuracy": 0.85, "samples": 360}],
+      }
       for k in range(num_exits)
     ],
     "complete": True,
+    "config": {"seed": 0, "model": {"name": "msd<net>", "growth": 6}},
+    "checkpoint": "of the weights",
   }
 
 
@@ -156,28 +179,26 @@ def make_workdir(
   workdir: pathlib.Path, num_exits: int, method: str = "l2w", qs=QS
 ) -> pathlib.Path:
   workdir.mkdir(exist_ok=True)
-  (workdir / "config.json").write_text(
-    json.dumps({"seed": 0, "model": {"name": "msd<net>", "growth": 6}})
-  )
   metrics = make_metrics(num_exits, method)
   (workdir / "metrics.jsonl").write_text(
     "".join(json.dumps(line) + "\n" for line in metrics)
   )
-  (workdir / "results.json").write_text(
-    json.dumps(make_results(num_exits, method, qs))
-  )
+  directory.write_results(workdir, make_results(num_exits, method, qs))
   np.savez(workdir / "samples.npz", **make_samples(num_exits))
   return workdir
 
 
-def assert_picture(path: pathlib.Path) -> None:
-  with Image.open(path) as image:
-    image.load()
-    assert image.format == "PNG"
-    pixels = np.asarray(image.convert("L"), dtype=float)
-  # An empty page has variance 0; thin lines on white stay above 50.
-  assert pixels.var() > 50
-  assert min(pixels.shape) > 300
+def assert_valid(html: str) -> None:
+  """HTML5 without an error of the parser, and no id twice."""
+  html5lib.HTMLParser(strict=True).parse(html)
+  ids = re.findall(r' id="([^"]+)"', html)
+  assert len(ids) == len(set(ids))
+  for used in re.findall(r'(?:href="#|url\(#)([^")]+)', html):
+    assert used in ids
+
+
+def drawn_in(html: str) -> set[str]:
+  return set(re.findall(r'<svg [^>]*aria-label="(\w+)"', html))
 
 
 @pytest.fixture(scope="module")
@@ -189,35 +210,87 @@ def page(tmp_path_factory) -> pathlib.Path:
 def test_any_number_of_exits_is_drawn(tmp_path, num_exits, qs):
   page = write_report(make_workdir(tmp_path, num_exits, qs=qs))
   assert page == tmp_path / "report" / "index.html"
-  for name in {"weights.png", *PICTURES}:
-    assert_picture(page.parent / name)
+  html = page.read_text()
+  assert drawn_in(html) == {"weights", *PICTURES}
+  assert_valid(html)
 
 
 def test_the_page_names_the_split_that_thresholds_come_from(page, tmp_path):
-  assert "chosen on the calibration split" in page.read_text()
+  assert "360 images held out of training, on which the thresholds" in words(page)
+  assert "on the calibration split" in words(page)
   workdir = make_workdir(tmp_path, 2)
-  path = workdir / "results.json"
-  results = json.loads(path.read_text())
+  results = make_results(2)
   results["samples"]["calibration"] = 0
-  path.write_text(json.dumps(results))
-  assert "chosen on the train split" in write_report(workdir).read_text()
+  directory.write_results(workdir, results)
+  assert "on the train split" in words(write_report(workdir))
 
 
-def test_every_picture_is_drawn_and_on_the_page(page):
-  assert {path.name for path in page.parent.iterdir()} == {
-    "index.html",
-    "weights.png",
-    *PICTURES,
-  }
+def words(page: pathlib.Path) -> str:
+  """Text of the page, its lines joined."""
+  return " ".join(page.read_text().split())
+
+
+def test_the_page_is_one_file_with_every_picture(page):
+  assert [path.name for path in page.parent.iterdir()] == ["index.html"]
   html = page.read_text()
-  for name in {"weights.png", *PICTURES}:
-    assert_picture(page.parent / name)
-    assert f'src="{name}"' in html
+  assert drawn_in(html) == {"weights", *PICTURES}
+  assert_valid(html)
+  assert "<img" not in html and "http://" not in re.sub(r"xmlns[^ >]*", "", html)
+  # Text is text, of the page's own font.
+  assert ">images leaving (%)</text>" in html and "DejaVu" not in html
+
+
+@pytest.mark.parametrize("format", drawing.FORMATS)
+def test_pictures_for_a_paper(tmp_path, format):
+  page = write_report(make_workdir(tmp_path, 3), format)
+  folder = page.parent / "figures"
+  assert {path.name for path in folder.iterdir()} == {
+    f"{name}.{format}" for name in {"weights", *PICTURES}
+  }
+  begins = {"pdf": b"%PDF", "png": b"\x89PNG", "svg": b"<?xml"}[format]
+  for path in folder.iterdir():
+    assert path.read_bytes().startswith(begins) and path.stat().st_size > 5000
+
+
+HOSTILE = [
+  "<script>alert(1)</script>",
+  "a & b \"q\" 'x'",
+  "猫",
+  "$x_1$ and $",
+  "tab\tline\nnull\x00",
+  "{{ 7 * 7 }}",
+  "&lt;",
+  "name " * 20,
+]
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_classes_are_only_text(tmp_path, capfd):
+  workdir = make_workdir(tmp_path, 3)
+  results, samples = make_results(3), make_samples(3)
+  names = [*HOSTILE, "8", "9"]
+  samples["class_names"] = np.array(names)
+  results["class_names"] = names
+  for entry, name in zip(results["chosen"]["classes"], names, strict=True):
+    entry |= {"class": name, "accuracy": 0.9, "macs": 4e5, "left": [2, 2, 2]}
+  results["chosen"]["confused"] = [{"class": names[0], "as": names[4], "images": 2}]
+  results["dataset"] = names[0]
+  directory.write_results(workdir, results)
+  np.savez(workdir / "samples.npz", **samples)
+  page = write_report(workdir, "pdf")
+  html = page.read_text()
+  assert_valid(html)
+  assert "<script" not in html and "&lt;script&gt;" in html
+  assert "\x00" not in html and "49" not in re.findall(r"<td>(.*?)</td>", html)
+  assert "<td>猫</td>" in html and "<td>$x_1$ and $</td>" in html
+  assert ">$x_1$ and $</text>" in html and "<td>&amp;lt;</td>" in html
+  assert capfd.readouterr().err == ""
 
 
 def test_a_curve_of_noise_does_not_fill_the_axis():
   results = make_results(3)
-  for k, entry in enumerate(results["anytime"] + results["budgeted"]):
+  points = [*results["anytime"], *results["budgeted"], results["chosen"]]
+  for k, entry in enumerate(points):
     entry["accuracy"] = (359 - k % 2) / 360
   low, high = draw_curves(results).axes[0].get_ylim()
   assert high - low == pytest.approx(100 * 10 / 360)  # ten of 360 images
@@ -225,27 +298,43 @@ def test_a_curve_of_noise_does_not_fill_the_axis():
 
 
 def test_page_shows_the_numbers_of_the_run(page):
-  html = page.read_text()
-  # 0.99 - 0.05 * 0.6^k for k = 0, 2; the cost ratio is 1 / 3^1.5 = 0.192.
-  assert "<b>97.20 %</b>test accuracy at the last exit" in html
-  assert "<b>94.00 %</b>at the first exit, at 19 % of the cost" in html
-  # q = 1 uses each exit alike: (94 + 96 + 97.2) / 3 + 0.4.
-  assert "<b>96.13 %</b>with early exits at q = 1, at 58 % of the cost" in html
-  assert "<b>54,324</b>parameters" in html
-  assert "one test image is\n0.28 points" in html
+  html = words(page)
+  # q = 0.05: (1, 0.05, 0.0025) of 94, 96 and 97.2 %, and 0.02; 1 / 3^1.5 = 19.2 %.
+  assert "At q = 0.05: 21 % of the cost, accuracy 94.1 % [91.2, 96.1];" in html
+  assert "full network 97.2 %." in html
+  assert "one test image is 0.28 points. 54,324 parameters." in html
   # At q = 0.5 the shares are 4 : 2 : 1; thresholds 0.99, none, -inf.
   assert "<td>57 · 29 · 14</td><td>0.990 · – · −∞</td>" in html
   assert html.count("<td>97.12 %</td>") == 7  # q = 0.25, 0.5, ..., 1.75
   assert "msd&lt;net&gt;" in html
+  for term in ("early exits", "every image at exit k", "q", "calibration"):
+    assert html.count(f"<dt>{term}</dt>") == 1
+
+
+def test_the_interval_of_an_accuracy_is_that_of_a_table():
+  # Wilson's interval of 80 of 100: 71.1 to 86.7 % (Wallis, 2013).
+  low, high = intervals.of_accuracy(np.array([0.8, 1.0, 0.0]), 100)
+  np.testing.assert_allclose(low, [0.7111708, 0.9630065, 0], atol=1e-6)
+  np.testing.assert_allclose(high, [0.8666331, 1, 0.0369935], atol=1e-6)
+
+
+def test_where_images_leave_is_what_the_results_say():
+  above, below = draw_curves(make_results(3)).axes
+  # Areas of q = 1/20, 2/20, ...: the first begins at its share of exit 1, 95 %.
+  first = below.collections[0].get_paths()[0].vertices
+  cost = [3e5 * (k + 1) ** 1.5 for k in range(3)]
+  shares = np.array([1, 0.05, 0.0025]) / 1.0525
+  x = 100 * shares @ cost / cost[-1]
+  assert [x, 100 * shares[0]] in np.round(first, 9).tolist() or np.isclose(
+    first, [x, 100 * shares[0]]
+  ).all(1).any()
+  stars = [line for line in above.lines if line.get_marker() == "*"]
+  np.testing.assert_allclose(stars[0].get_xdata(), [x])
 
 
 def test_uniform_run_has_no_weights_and_says_why(tmp_path):
-  (tmp_path / "report").mkdir()
-  (tmp_path / "report" / "weights.png").write_bytes(b"of an earlier run")
-  page = write_report(make_workdir(tmp_path, 3, "uniform"))
-  assert {path.name for path in page.parent.iterdir()} == {"index.html", *PICTURES}
-  html = page.read_text()
-  assert "weights.png" not in html
+  html = words(write_report(make_workdir(tmp_path, 3, "uniform")))
+  assert drawn_in(html) == PICTURES
   assert "Method uniform weighs every sample alike" in html
 
 
@@ -255,9 +344,9 @@ def test_an_unfinished_and_diverged_run_is_shown_as_such(tmp_path):
     '{"kind": "train", "step": 7, "epoch": 0.5}\n'
   )
   results = make_results(3) | {"complete": False, "step": 7}
-  (workdir / "results.json").write_text(json.dumps(results))
-  html = write_report(workdir).read_text()
-  assert "One run, evaluated in mid-training after step 7." in html
+  directory.write_results(workdir, results)
+  html = words(write_report(workdir))
+  assert "Evaluated in mid-training, after step 7." in html
   assert "no line of kind weights" in html
 
 
@@ -271,7 +360,7 @@ def test_an_exit_that_no_sample_leaves_at_is_said_to_be_empty():
   assert all(axes.images for axes in last.axes)
 
 
-def test_sample_pictures_name_label_and_wrong_prediction(tmp_path):
+def test_sample_pictures_name_label_and_wrong_prediction():
   samples = make_samples(3)
   samples["images"] = np.repeat(samples["images"] * 15, 3, axis=-1)
   figure = draw_samples(samples, 3)
@@ -279,20 +368,19 @@ def test_sample_pictures_name_label_and_wrong_prediction(tmp_path):
   here = np.arange(0, 60, 3)  # those that leave at exit 3
   for i, axes in zip(here, last.axes, strict=False):
     label = samples["labels"][i]
-    expected = f"{label} → {(label + 1) % 10}" if i % 7 == 6 else f"{label}"
+    expected = f"{label}\n→ {(label + 1) % 10}" if i % 7 == 6 else f"{label}"
     assert axes.get_title() == expected
     np.testing.assert_array_equal(axes.images[0].get_array(), samples["images"][i])
-  figure.savefig(tmp_path / "samples.png")
-  assert_picture(tmp_path / "samples.png")
 
 
-def test_a_step_repeated_after_a_resume_counts_once():
+def test_a_step_repeated_after_a_resume_counts_once(tmp_path):
   lines = [
     {"kind": "train", "step": step, "epoch": 1, "train_loss": loss}
     for step, loss in [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)]
   ]
-  data = "\n".join(json.dumps(line) for line in lines).encode()
-  train = directory._parse_metrics(data)["train"]
+  text = "\n".join(json.dumps(line) for line in lines)
+  (tmp_path / "metrics.jsonl").write_text(text)
+  train = directory.read_metrics(tmp_path)["train"]
   assert [(line["step"], line["train_loss"]) for line in train] == [
     (1, 3.0),
     (2, 2.5),
@@ -301,13 +389,7 @@ def test_a_step_repeated_after_a_resume_counts_once():
 
 
 @pytest.mark.parametrize(
-  ("name", "mode"),
-  [
-    ("config.json", "train"),
-    ("metrics.jsonl", "train"),
-    ("results.json", "evaluate"),
-    ("samples.npz", "evaluate"),
-  ],
+  ("name", "mode"), [("results.json", "evaluate"), ("samples.npz", "evaluate")]
 )
 def test_missing_or_broken_file_is_named_with_what_to_run(tmp_path, name, mode):
   path = make_workdir(tmp_path, 3) / name
@@ -341,33 +423,44 @@ def test_missing_or_broken_file_is_named_with_what_to_run(tmp_path, name, mode):
 def test_incomplete_results_are_refused(tmp_path, change, says):
   results = make_results(3)
   change(results)
-  path = make_workdir(tmp_path, 3) / "results.json"
-  path.write_text(json.dumps(results))
+  directory.write_results(make_workdir(tmp_path, 3), results)
   with pytest.raises(ValueError, match=f"{says}.*--mode=evaluate"):
     write_report(tmp_path)
 
 
-def test_a_broken_metrics_line_is_named(tmp_path):
-  with (make_workdir(tmp_path, 3) / "metrics.jsonl").open("a") as file:
+def test_a_damaged_metrics_line_is_named_and_left_out(tmp_path, caplog):
+  workdir = make_workdir(tmp_path, 3)
+  path = workdir / "metrics.jsonl"
+  before = directory.read_metrics(workdir, 3)
+  number = len(path.read_text().splitlines()) + 1
+  with path.open("a") as file:
     file.write('{"kind": "evaluate", "step": 481, "epoch": 61}\n')
-  with pytest.raises(
-    ValueError, match=r"line \d+ is not a metric .*lacks 'accuracy'"
-  ):
-    write_report(tmp_path)
+  write_report(workdir)
+  assert directory.read_metrics(workdir, 3) == before
+  assert f"{path}: line {number} left out, as damaged (it lacks 'acc" in caplog.text
+
+
+def test_a_report_without_metrics_says_so(tmp_path, caplog):
+  path = make_workdir(tmp_path, 3) / "metrics.jsonl"
+  path.unlink()
+  page = write_report(tmp_path)
+  assert "training" not in drawn_in(page.read_text())
+  assert "metrics.jsonl holds no curves of training" in page.read_text()
+  assert f"{path} is missing" in caplog.text and "--mode=train" not in caplog.text
 
 
 def test_samples_of_different_length_are_refused(tmp_path):
   samples = make_samples(3)
   samples["labels"] = samples["labels"][:-1]
   np.savez(make_workdir(tmp_path, 3) / "samples.npz", **samples)
-  with pytest.raises(ValueError, match="differ in length"):
+  with pytest.raises(ValueError, match="'labels' has not all of its 60 samples"):
     write_report(tmp_path)
 
 
 def test_import_leaves_matplotlib_out():
   code = (
     "import sys, l2w_jax.results.report; "
-    "assert not {'matplotlib', 'tensorflow'} & set(sys.modules)"
+    "assert not {'matplotlib', 'jinja2', 'tensorflow'} & set(sys.modules)"
   )
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -388,7 +481,7 @@ def test_embedded_digits_are_what_their_page_says():
   assert len(np.unique(np.concatenate(everything), axis=0)) == 1797
 
 
-def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path):
+def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path, caplog):
   workdir = make_workdir(tmp_path, 3)
   results = make_results(3)
   results["chosen"] |= {
@@ -398,10 +491,11 @@ def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path):
     "classes": [
       {"class": "<cat>", "accuracy": 0.9, "macs": 9e5, "left": [5, 5, 0]},
       {"class": "none", "accuracy": None, "macs": None, "left": [0, 0, 0]},
+      *results["chosen"]["classes"][:8],
     ],
   }
   results["temperatures"][1]["ece_scaled"] = 0.0123
-  (workdir / "results.json").write_text(json.dumps(results))
+  directory.write_results(workdir, results)
   row = {
     "kind": "early",
     "point": "q = 1",
@@ -409,28 +503,55 @@ def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path):
     "batch": 1,
     "calls": 9,
     "macs": 8e5,
-    "p50_ms": 1.25,
-    "p95_ms": 2.5,
+    "rounds": 20,
+    "ms": 1.25,
+    "ms_low": 1.0,
+    "ms_high": 2.5,
+    "p95_ms": None,
     "images_per_second": 777.0,
     "speedup": 1.75,
+    "speedup_low": 1.5,
+    "speedup_high": 2.0,
     "speedup_by_macs": 2.0,
   }
   (workdir / "latency.json").write_text(
     json.dumps(
       {
         "step": 480,
+        "checkpoint": results["checkpoint"],
+        "target": "macs:9e5",
+        "confidence": "margin",
         "device": {"platform": "cpu", "kind": "cpu"},
         "rows": [row, row | {"kind": "full", "batch": 64}],
       }
     )
   )
-  page = write_report(workdir)
-  html = page.read_text()
-  assert "Early exits at macs:9e5" in html and "&lt;cat&gt;" in html
-  assert "<td>94.24 %</td><td>1.50</td><td>5.00 %</td><td>1.23 %</td>" in html
-  assert "<td>early, device decides</td>" in html
-  assert "<td>777</td><td>1.75</td><td>2.00</td>" in html
-  assert_picture(page.parent / "latency.png")
+  html = words(write_report(workdir))
+  assert_valid(html)
+  assert "<span>macs 9e5</span>" in html and "&lt;cat&gt;" in html
+  assert "<td>2</td><td>50.0 %</td><td>94.24 %</td>" in html
+  assert "A calibration error is not shown: on 360 test images" in html
+  # Of 3e5 · 3^1.5 MACs.
+  assert (
+    "<td>device decides</td><td>51.3 %</td><td>1.250 [1.000, 2.500]</td>" in html
+  )
+  assert "<td>777</td><td>1.75 [1.50, 2.00]</td><td>2.00</td><td>9</td>" in html
+  assert "latency" in drawn_in(html)
+  for entry in results["temperatures"]:
+    entry |= {"ece_calibrated": 0.004, "ece_calibrated_high": 0.007}
+  results["chosen"]["target"] = "q:0.75"
+  directory.write_results(workdir, results)
+  html = words(write_report(workdir))
+  row = "<td>5.00 %</td><td>1.23 %</td><td>0.40 %, up to 0.70 %</td>"
+  assert f"<td>2</td><td>1.50</td>{row}" in html
+  assert "latency" not in drawn_in(html)
+  assert "is of another evaluation and left out" in caplog.text
   (workdir / "latency.json").write_text("{}")
   with pytest.raises(ValueError, match="cannot use .*latency.json.*latency"):
     write_report(workdir)
+
+
+def test_a_table_alone_escapes_its_cells():
+  html = page_lib.table(["a", "<b>"], [["1", "&"], [2, "\x07"]])
+  assert_valid(f"<!doctype html><html><head><title>t</title></head>{html}</html>")
+  assert "&lt;b&gt;</th>" in html and "<td>&amp;</td>" in html and "�" in html

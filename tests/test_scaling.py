@@ -121,7 +121,7 @@ def test_a_digits_step_is_counted():
       sys.executable,
       "experiments/scaling.py",
       "count",
-      "configs/digits.py",
+      "configs/digits_plain.py",
       "--devices",
       "2",
       "--set",

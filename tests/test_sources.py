@@ -1,10 +1,11 @@
 """Image sets from .npz files, and the calibration split held out of them."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l2w_jax import config as config_lib
-from l2w_jax.data import sources
+from l2w_jax.data import augment, names, sources
 
 
 def data_config(source, calibration=12, **changes):
@@ -59,6 +60,39 @@ def test_npz_holds_calibration_out_of_train(tmp_path):
     ({"train_labels": np.arange(59)}, "must be 60 whole numbers"),
     ({"train_labels": np.arange(60) % 3 - 1}, "label -1 .* count from 0 to 2"),
     ({"class_names": np.array(["a", "b"])}, "label 2 .* count from 0 to 1"),
+    (
+      {"class_names": np.array([*"abcd"])},
+      "1 of the 4 classes .*class 3 .'d'.*name",
+    ),
+    ({"class_names": np.array([*"abb"])}, "classes 1 and 2 in .* same name, 'b'"),
+    ({"class_names": np.array(["a", " ", "c"])}, "name of class 1 in .* is empty"),
+    (
+      {"class_names": np.array([["a", "b"], ["c", "d"]])},
+      r"a row of names.*\[2, 2\]",
+    ),
+    ({"train_labels": np.arange(60) % 3 + 2**32}, "hold 4294967296 to 4294967298"),
+    ({"test_labels": np.arange(15).astype(np.uint64) + 2**63}, "labels count the"),
+    ({"train_labels": np.arange(60) % 3 + 1}, "have no .*count from 1, subtract 1"),
+    (
+      {"train_labels": np.arange(60) % 3 + 1, "class_names": np.array([*"abc"])},
+      "label 3 .* count from 0 to 2 here: subtract 1",
+    ),
+    (
+      {"train_labels": np.arange(60) % 3 * 7},
+      "12 of the 15 classes .*without gaps",
+    ),
+    ({"train_labels": np.arange(60) % 3 * 10**9}, "up to 2000000000.*without gaps"),
+    ({"test_labels": np.arange(15) % 4}, "1 of the 4 classes .* no train image"),
+    (
+      {
+        "train_images": np.zeros((300, 4, 5, 3), np.uint8),
+        "train_labels": np.where(np.arange(300) % 4 < 3, np.arange(300) % 4, 255),
+      },
+      "252 of the 256 .*if label 255 marks images to ignore, leave these out",
+    ),
+    ({"train_images": np.zeros((60, 3, 8, 9), np.uint8)}, "transpose.0, 2, 3, 1."),
+    ({"train_images": np.zeros((60, 1, 8, 8), np.uint8)}, "channels come last"),
+    ({"train_images": np.zeros((60, 13, 64, 64), np.uint8)}, "channels come last"),
   ],
 )
 def test_broken_npz_is_one_clear_error(tmp_path, changes, message):
@@ -66,10 +100,54 @@ def test_broken_npz_is_one_clear_error(tmp_path, changes, message):
     sources.load(data_config(save(tmp_path / "x.npz", **changes)))
 
 
+@pytest.mark.parametrize(
+  "given",
+  [
+    np.array(["caf\u00e9", "$5", "\u732b"]),
+    np.array(["cafe\u0301", "$5", "\u732b"]),
+    np.array([["caf\u00e9"], ["$5"], ["\u732b"]]),
+    np.array([name.encode() for name in ("caf\u00e9", "$5", "\u732b")]),
+  ],
+)
+def test_class_names_are_text_however_they_are_kept(tmp_path, given):
+  dataset = sources.load(data_config(save(tmp_path / "x.npz", class_names=given)))
+  assert dataset.class_names == ("caf\u00e9", "$5", "\u732b")
+
+
+def test_what_is_no_text_in_a_name_is_escaped():
+  assert names.readable(b"caf\xe9") == "caf\\xe9"
+  assert names.readable("caf\udce9\n") == "caf\\udce9\\n"
+
+
+def test_images_of_one_colour_are_named(tmp_path, caplog):
+  source = save(
+    tmp_path / "x.npz", train_images=np.full((60, 4, 5, 3), 7, np.uint8)
+  )
+  dataset = sources.load(data_config(source))
+  np.testing.assert_array_equal(dataset.std, 1)
+  assert "channel 0 and 1 and 2 of the train images" in caplog.text
+
+
+@pytest.mark.parametrize("feed", ["resident", "streaming"])
+def test_a_constant_channel_is_named_and_never_divides_by_0(tmp_path, feed, caplog):
+  images = arrays()["train_images"]
+  images[..., 1] = 255
+  source = save(tmp_path / "x.npz", train_images=images)
+  dataset = sources.load(data_config(source, feed=feed))
+  assert dataset.std[1] == 1 and dataset.mean[1] == 255
+  assert dataset.std[0] == pytest.approx(dataset.train.images[:][..., 0].std())
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert said.startswith("channel 1 of the train images") and ", 255; " in said
+  normal = augment.normalize(
+    *map(jnp.array, (dataset.train.images[:], dataset.mean, dataset.std))
+  )
+  assert not np.asarray(normal[..., 1]).any() and np.isfinite(normal).all()
+
+
 def test_missing_file_unknown_source_and_too_large_calibration(tmp_path):
   with pytest.raises(ValueError, match="no file"):
     sources.load(data_config("npz:nowhere.npz"))
-  with pytest.raises(ValueError, match="choose one of digits, npz:PATH, tfds"):
+  with pytest.raises(ValueError, match="one of digits, digits:mixed, npz:PATH"):
     sources.load(data_config("mnist:x"))
   with pytest.raises(ValueError, match="set config.data.calibration below 60"):
     sources.load(data_config(save(tmp_path / "x.npz"), calibration=60))

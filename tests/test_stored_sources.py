@@ -2,15 +2,19 @@
 
 import importlib.util
 import json
+import os
+import pathlib
 import shutil
 import struct
+import subprocess
+import types
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 from l2w_jax import config as config_lib
-from l2w_jax.data import pixels, prepare, sources, stored, tfds_files
+from l2w_jax.data import folder, pixels, prepare, sources, stored, tfds_files
 
 CLASSES = 100  # what the genuine cifar100 builder insists on
 
@@ -89,6 +93,7 @@ def cache(tmp_path, monkeypatch):
 
 def data_config(source, data_dir="", **changes):
   config = config_lib.defaults()
+  config.evaluate.calibration = "released"
   config.data.update(
     {"source": source, "data_dir": data_dir, "calibration": 100} | changes
   )
@@ -161,6 +166,181 @@ def test_a_set_that_streams_is_read_through_once(kept, cache, monkeypatch):
   for path in cache.iterdir():  # damaged files of the cache are made again
     path.write_bytes(path.read_bytes()[:100])
   same(sources.load(config), before)
+
+
+@pytest.fixture
+def shades(tmp_path):
+  """Writes small images of one grey into a folder; reads {class: greys}."""
+  from PIL import Image
+
+  class Shades:
+    root = tmp_path / "shades"
+
+    def put(self, folder, value, n=4):
+      (self.root / folder).mkdir(parents=True)
+      for i in range(n):
+        image = Image.new("RGB", (16, 16), (value, i, 9))
+        image.save(self.root / folder / f"{i}.bmp")
+
+    def load(self, where=".", **changes):
+      changes = {"calibration": 4, "feed": "streaming"} | changes
+      return sources.load(data_config(f"folder:{self.root / where}", **changes))
+
+    def read(self, where=".", split="test", **changes):
+      dataset = self.load(where, **changes)
+      images, labels = getattr(dataset, split)
+      found = {}
+      for image, label in zip(images[:], labels, strict=True):
+        found.setdefault(dataset.class_names[label], set()).add(int(image[0, 0, 0]))
+      return found
+
+  return Shades()
+
+
+def test_labels_are_those_of_the_folders_as_they_are_now(shades):
+  for split in ("train", "test"):
+    shades.put(f"{split}/cat", 100)
+    shades.put(f"{split}/dog", 200)
+  assert shades.read() == {"cat": {100}, "dog": {200}}
+  shades.put("train/bird", 50)
+  assert shades.read() == {"cat": {100}, "dog": {200}}
+  for split in ("train", "test"):  # the names of two classes are exchanged
+    for old, new in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
+      (shades.root / split / old).rename(shades.root / split / new)
+  assert shades.read() == {"cat": {200}, "dog": {100}}
+  assert shades.read(split="train")["dog"] == {100}
+
+
+def test_groupings_of_the_same_files_by_links(shades):
+  for name, value in (("cat", 100), ("dog", 150), ("oak", 200)):
+    shades.put(f"pool/{name}", value, 6)
+
+  def view(name, groups):
+    for split in ("train", "test"):
+      for group, members in groups.items():
+        folder = shades.root / name / split / group
+        folder.mkdir(parents=True)
+        for member in members:
+          for file in (shades.root / "pool" / member).iterdir():
+            (folder / f"{member}{file.name}").symlink_to(file)
+    return shades.read(name)
+
+  coarse = {"animal": ["cat", "dog"], "plant": ["oak"]}
+  assert view("x", coarse) == {"animal": {100, 150}, "plant": {200}}
+  shutil.rmtree(shades.root / "x")
+  fine = {"cat": ["cat"], "dog": ["dog"], "oak": ["oak"]}
+  assert view("x", fine) == {"cat": {100}, "dog": {150}, "oak": {200}}
+
+
+def test_a_file_is_read_again_once_it_changed_or_could_not_be_read(
+  shades, monkeypatch
+):
+  for split in ("train", "test"):
+    shades.put(f"{split}/a", 10)
+    shades.put(f"{split}/b", 20)
+  refused, read = shades.root / "train/a/0.bmp", []
+  genuine = folder.FolderRecords.read
+
+  def reading(records, i):
+    read.append(records.files[i])
+    if records.files[i] == refused:
+      raise PermissionError(13, "Permission denied", str(refused))
+    return genuine(records, i)
+
+  monkeypatch.setattr(folder.FolderRecords, "read", reading)
+  with pytest.raises(ValueError, match=r"0\.bmp \(permission denied\); repair"):
+    shades.load()
+  assert (
+    len(shades.load(corrupt="skip", mean=(1.0,) * 3, std=(1.0,) * 3).train[1]) == 3
+  )
+  refused = None
+  read.clear()
+  fixed = dict(mean=(1.0,) * 3, std=(1.0,) * 3)
+  assert len(shades.load(**fixed).train.labels) == 4  # and 4 are held out
+  assert [path.name for path in read] == ["0.bmp"]
+  # Another file of the same size and time in its place is seen.
+  one, other = (shades.root / "test" / name / "0.bmp" for name in "ab")
+  os.utime(one, ns=(1, 1)), os.utime(other, ns=(1, 1))
+  shades.load(**fixed)
+  os.replace(other, shades.root / "kept")
+  os.replace(one, other)
+  os.replace(shades.root / "kept", one)
+  read.clear()
+  shades.load(**fixed)
+  assert {str(path.relative_to(shades.root)) for path in read} == {
+    "test/a/0.bmp",
+    "test/b/0.bmp",
+  }
+
+
+@pytest.mark.parametrize("feed", ["resident", "streaming"])
+def test_links_to_nowhere_are_named_or_left_out(shades, feed):
+  for split in ("train", "test"):
+    shades.put(f"{split}/a", 10)
+    shades.put(f"{split}/b", 20)
+  (shades.root / "train/a/gone.png").symlink_to("/nowhere/gone.png")
+  loop = shades.root / "train/a/loop.png"
+  loop.symlink_to(loop)
+  with pytest.raises(
+    ValueError, match=r"gone\.png \(is a link to /nowhere/gone\.png, which is not"
+  ):
+    shades.load(feed=feed)
+  assert len(shades.load(feed=feed, corrupt="skip").train.labels) == 4
+
+
+def test_a_file_that_goes_away_in_training_is_named(shades):
+  for split in ("train", "test"):
+    shades.put(f"{split}/a", 10)
+    shades.put(f"{split}/b", 20)
+  dataset = shades.load()
+  for file in shades.root.rglob("*.bmp"):
+    file.unlink()
+  with pytest.raises(ValueError, match=r"\.bmp cannot be read any more \(no such"):
+    dataset.train.images[:1]
+
+
+def test_what_is_remembered_may_be_damaged_or_have_no_place(
+  shades, cache, monkeypatch, caplog
+):
+  for split in ("train", "test"):
+    shades.put(f"{split}/a", 10)
+    shades.put(f"{split}/b", 20)
+  want = shades.read()
+  paths = list(cache.glob("index-*.npz"))
+  assert len(paths) == 2
+
+  def other(path):
+    np.savez(path, keys=np.zeros(3, np.uint64))
+
+  def short(path):
+    with np.load(path) as arrays:
+      arrays = dict(arrays)
+    np.savez(path, **arrays | {"digests": arrays["digests"][1:]})
+
+  def text(path):
+    with np.load(path) as arrays:
+      arrays = dict(arrays)
+    np.savez(path, **arrays | {"labels": arrays["labels"].astype(str)})
+
+  for damage in (
+    lambda path: path.write_bytes(path.read_bytes()[:200]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(b"\x93NUMPY"),
+    other,
+    short,
+    text,
+  ):
+    for path in paths:
+      damage(path)
+    assert shades.read() == want
+    with np.load(paths[0]) as arrays:
+      assert len(arrays["keys"]) == 8
+  shutil.rmtree(cache)
+  cache.write_bytes(b"")  # a file where a folder should be
+  assert shades.read() == want
+  said = [record.getMessage() for record in caplog.records]
+  assert sum("is not remembered" in line for line in said) == 2
+  assert not any("index-" in line for line in said)
 
 
 @pytest.fixture
@@ -265,6 +445,130 @@ def test_what_is_wrong_with_a_folder(tmp_path):
   says("a class 'dog' that .*train has not")
 
 
+@pytest.fixture
+def put(tmp_path):
+  """Writes small PNGs under a new folder, and returns its source."""
+  from PIL import Image
+
+  def put(*names):
+    for i, name in enumerate(names):
+      path = tmp_path / "set" / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      color = (i, 0, 255) if i % 2 else (255, i, 0)
+      Image.new("RGB", (8, 8), color).resize((9, 8)).save(path)
+    return f"folder:{tmp_path}/set"
+
+  return put
+
+
+SMALL = ("train/a/0.png", "train/b/0.png")
+
+
+def open_folder(source):
+  return folder.open_folder(source.partition(":")[2])
+
+
+def test_images_of_every_suffix_and_depth_are_read_and_others_named(put, caplog):
+  nested = [f"{split}/a/deep/er/{x}" for split in ("train", "test") for x in "01"]
+  source = put(
+    *SMALL,
+    *(f"train/b/x{suffix}" for suffix in folder.SUFFIXES if suffix != ".pfm"),
+    *(f"{name}.JPEG" for name in nested),
+  )
+  root = pathlib.Path(source.partition(":")[2])
+  (root / "train/a/.hidden.png").write_bytes(b"")
+  (root / "train/a/notes.txt").write_bytes(b"")
+  (root / "train/lost.png").write_bytes(b"")
+  train, test, names = open_folder(source)
+  assert names == ("a", "b")
+  assert len(train) == len(SMALL) + len(folder.SUFFIXES) - 1 + 2 and len(test) == 2
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert said.startswith("2 files beside the images are left out, such as ")
+  assert ".txt 1" in said and ".png 1" in said
+
+
+@pytest.mark.parametrize(
+  "flat", ["test/0.png", "test/unknown/0.png", "test/images/0.png"]
+)
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_a_labelled_val_beside_an_unlabelled_test_is_used(put, caplog, flat, val):
+  source = put(*SMALL, flat, f"{val}/a/0.png", f"{val}/b/0.png")
+  assert open_folder(source)[1].title.endswith(f"/{val}")
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert f"/{val} is the test split; " in said and "/test is not looked at" in said
+  put("test/a/0.png")
+  if flat == "test/0.png":
+    assert open_folder(source)[1].title.endswith("/test")
+  else:
+    with pytest.raises(ValueError, match="has a class '(unknown|images)' that"):
+      open_folder(source)
+
+
+def test_tiny_imagenet_as_downloaded_says_how_to_sort_val(put, tmp_path):
+  source = put("train/n1/images/0.png", "train/n2/images/0.png")
+  put("val/images/v0.png", "val/images/v1.png", "test/images/0.png")
+  labels = "v0.png\tn1\t0\t0\nv1.png\tn2\t0\t0\n"
+  (tmp_path / "set/val/val_annotations.txt").write_text(labels)
+  with pytest.raises(ValueError, match="labels in val_annotations.txt") as error:
+    open_folder(source)
+  subprocess.run(
+    str(error.value).partition("such as by: ")[2], shell=True, check=True
+  )
+  train, test, names = open_folder(source)
+  assert len(train) == len(test) == len(names) == 2 and test.title.endswith("val")
+
+
+def test_12_bits_in_16_are_noticed_and_use_the_range_they_are_given(
+  put, tmp_path, caplog
+):
+  from PIL import Image
+
+  source = put(*SMALL, "test/a/0.png")
+  for i, path in enumerate(sorted((tmp_path / "set").rglob("*.png"))):
+    Image.fromarray(np.array([[0, 4095 - i]], np.uint16)).save(path)
+
+  def brightest(**changes):
+    dataset = sources.load(data_config(source, calibration=0, **changes))
+    return dataset.train.images[:].max()
+
+  assert brightest() == 16
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert "is brighter than 16 of 255" in said and "config.data.grey_range" in said
+  for feed in ("resident", "streaming"):
+    assert brightest(feed=feed, grey_range=4095) == 255
+  assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("feed", ["resident", "streaming"])
+def test_what_is_no_regular_file_is_named_and_not_opened(put, tmp_path, feed):
+  source = put(*SMALL, "test/a/0.png")
+  made = [tmp_path / "set/train/a" / f"{i}.jpg" for i in range(1, 4)]
+  os.mkfifo(made[0])
+  made[1].symlink_to("/dev/zero")
+  made[2].symlink_to(made[0])
+  with pytest.raises(ValueError, match="3 of 5 images .*is no regular file"):
+    sources.load(data_config(source, calibration=2, feed=feed))
+
+
+def test_links_in_a_circle_are_refused_and_others_followed(put, tmp_path):
+  source = put(*SMALL, "test/a/0.png", "more/1.png")
+  root = tmp_path / "set"
+  (root / "train/a/more").symlink_to(root / "more")
+  assert len(open_folder(source)[0]) == 3
+  (root / "more/back").symlink_to(root / "train")
+  with pytest.raises(ValueError, match="more/back is a link to a directory around"):
+    open_folder(source)
+
+
+def test_a_class_is_the_same_in_composed_and_decomposed_letters(put):
+  source = put("train/caf\u00e9/0.png", "train/b/0.png", "test/cafe\u0301/0.png")
+  train, test, names = open_folder(source)
+  assert names == ("b", "caf\u00e9") and test.read(0)[1] == 1
+  put("train/cafe\u0301/0.png")
+  with pytest.raises(ValueError, match="whose names look alike"):
+    open_folder(source)
+
+
 def test_what_is_wrong_with_a_tfds_set(kept, tmp_path):
   def says(message, name="cifar100", data_dir=tmp_path):
     with pytest.raises(ValueError, match=message) as error:
@@ -295,6 +599,45 @@ def test_what_is_wrong_with_a_tfds_set(kept, tmp_path):
   says("is cut off or no tfrecord: record 299", data_dir=root)
   path.unlink()
   says("is missing from a prepared set", data_dir=root)
+
+
+def test_another_version_of_a_tfds_set_is_named_and_read(kept, tmp_path):
+  root = shutil.copytree(kept["array_record"][1], tmp_path / "older")
+  (folder,) = (root / "cifar100").iterdir()
+  older = folder.rename(folder.with_name("3.0.1"))
+  info = older / "dataset_info.json"
+  info.write_text(info.read_text().replace(folder.name, "3.0.1"))
+  with pytest.raises(
+    ValueError, match="another version is: .*=(tfds:.*)$"
+  ) as error:
+    sources.load(data_config("tfds:cifar100", str(root)))
+  source = str(error.value).partition("config.data.source=")[2]
+  same(
+    sources.load(data_config(source, str(root))),
+    sources.load(data_config(*kept["array_record"])),
+  )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_pixels_of_a_tfds_set_are_whole_numbers(dtype):
+  import tensorflow_datasets as tfds
+
+  features = tfds.features.FeaturesDict(
+    {
+      "image": tfds.features.Image(shape=(8, 8, 1), dtype=np.dtype(dtype)),
+      "label": tfds.features.ClassLabel(names=["a", "b"]),
+    }
+  )
+  info = types.SimpleNamespace(
+    features=features, supervised_keys=("image", "label")
+  )
+  if dtype == "float32":
+    with pytest.raises(
+      ValueError, match="images of float32; only uint8 and uint16"
+    ):
+      tfds_files._class_names("x", info)
+  else:
+    assert tfds_files._class_names("x", info) == ("a", "b")
 
 
 def test_preparing_is_left_to_the_builder_and_done_once(
@@ -340,7 +683,7 @@ def test_reading_through_shows_progress(kept, capsys):
 
 def test_grey_files_have_one_channel_where_the_set_says_so():
   class Grey:
-    title, channels, files = "grey", 1, []
+    title, channels, files, labels = "grey", 1, [], None
 
     def __len__(self):
       return 2
@@ -354,10 +697,13 @@ def test_grey_files_have_one_channel_where_the_set_says_so():
       Image.new("L", (4, 4), 50 * i).save(file, "PNG")
       return file.getvalue(), i
 
+    def place(self, i):
+      return 0, i
+
     def where(self, i):
       return str(i)
 
-  index, images = stored.read_all(Grey(), 0, "fail")
+  index, images = stored.read_all(Grey(), config_lib.defaults().data)
   assert images.shape == (2, 4, 4, 1) and images[1].max() == 50
   assert pixels.to_array(images[0]).shape == (4, 4, 1)
   np.testing.assert_array_equal(index.labels, [0, 1])

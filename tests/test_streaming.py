@@ -26,6 +26,7 @@ def make_config(feed="streaming", **changes):
     {
       "batch": BATCH,
       "epochs": 3,
+      "data.source": "digits",
       "data.feed": feed,
       "data.augment": "shift_flip",
       "data.mean": (8.0,),

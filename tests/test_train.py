@@ -1,14 +1,19 @@
 """The loop: a run that was stopped goes on as if it had not been."""
 
+import itertools
 import json
+import re
+import signal
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import l2w_jax
 from l2w_jax.data import feeds, sources
-from l2w_jax.run import parallel
+from l2w_jax.run import parallel, stopping
 from l2w_jax.training import checkpoint, metrics_log
 from l2w_jax.training import loop as train
 from l2w_jax.training.state import split_seed
@@ -93,6 +98,162 @@ def test_resumed_metrics_have_no_gap_and_no_double(finished, resumed):
   assert ours == theirs
 
 
+class Stops:
+  """Stands for `stopping.asked`: a signal when it is asked for the n-th time."""
+
+  def __init__(self, n: int):
+    self._left = n
+
+  def __call__(self) -> int:
+    self._left -= 1
+    return signal.SIGTERM if self._left <= 0 else 0
+
+
+@pytest.fixture(scope="module")
+def rarely(tmp_path_factory):
+  """A config whose epochs end without a pause, and a run of it."""
+  from conftest import ROOT, TINY
+
+  from l2w_jax import config as config_lib
+
+  rare = {
+    "evaluate.every": 3,
+    "checkpoint.unit": "steps",
+    "checkpoint.every": 5,
+    "checkpoint.keep": 9,
+  }
+  config = config_lib.load_config(str(ROOT / "configs/digits.py"), TINY | rare)
+  workdir = tmp_path_factory.mktemp("runs") / "rarely"
+  assert train.train(workdir, config)
+  return workdir, config
+
+
+def saved_steps(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_checkpoints_every_few_steps(rarely):
+  assert saved_steps(rarely[0]) == [5, 10, 15, 16]
+
+
+def test_the_picture_of_an_epoch_holds_no_step_of_the_next(rarely):
+  lines = [line for line in metrics(rarely[0]) if line["kind"] == "weights"]
+  assert [line["step"] for line in lines] == [8, 16]
+  for line in lines:  # 8 steps of 128 images, at both exits
+    assert np.sum(line["count"], axis=1).tolist() == [8 * 128, 8 * 128]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+  rarely, tmp_path, monkeypatch, capsys
+):
+  """Within an epoch and at its end; and killed behind a save within one."""
+  workdir, config = rarely
+  for n, step in [(3, 3), (5, 8), (1, 9)]:
+    monkeypatch.setattr(stopping, "asked", Stops(n))
+    with pytest.raises(SystemExit) as stopped:
+      train.train(tmp_path, config)
+    assert stopped.value.code == 143
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"train l2w: stopped at step {step}; the same command goes on"
+    assert saved_steps(tmp_path)[-1] == step
+  monkeypatch.setattr(stopping, "asked", lambda: 0)
+  write = metrics_log.MetricsLog.write
+
+  def dying_write(self, kind, step, epoch, values):
+    if step == 13:
+      raise Killed
+    write(self, kind, step, epoch, values)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics_log.MetricsLog, "write", dying_write)
+    with pytest.raises(Killed):
+      train.train(tmp_path, config)
+  assert train.train(tmp_path, config)
+  assert metrics(tmp_path) == metrics(workdir)
+  ours, theirs = (final_state(x, config)[0] for x in (tmp_path, workdir))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_signal_at_the_very_end_is_not_swallowed(
+  rarely, tmp_path, monkeypatch, capsys
+):
+  config = rarely[1].copy_and_resolve_references()
+  config.epochs, config.method = 1, "uniform"
+  monkeypatch.setattr(stopping, "asked", Stops(9))  # after 8 steps
+  with pytest.raises(SystemExit):
+    train.train(tmp_path, config)
+  assert "stopped at step 8;" in capsys.readouterr().err
+  monkeypatch.setattr(stopping, "asked", lambda: 0)
+  assert train.train(tmp_path, config) is False  # it had finished
+
+
+def test_checkpoints_every_few_minutes(rarely, tmp_path, monkeypatch):
+  config = rarely[1].copy_and_resolve_references()
+  config.method, config.checkpoint.unit = "uniform", "minutes"
+  config.checkpoint.keep = 16
+  passed = itertools.count(step=40)  # seconds, at every look at the clock
+  clock = types.SimpleNamespace(monotonic=lambda: float(next(passed)))
+  monkeypatch.setattr(train, "time", clock)
+  assert train.train(tmp_path, config)
+  found = saved_steps(tmp_path)
+  assert found[-1] == 16 and 2 < len(found) < 9
+  assert set(found) - {8, 16}  # also within an epoch
+
+
+@pytest.mark.parametrize("method", ["l2w", "uniform"])
+def test_a_run_that_diverges_says_so_in_one_line(tmp_path, tiny_config, method):
+  tiny_config.method, tiny_config.optimizer.learning_rate = method, 1e6
+  for _ in range(2):  # and again
+    with pytest.raises(ValueError) as error:
+      train.train(tmp_path, tiny_config)
+    assert re.match(
+      r"training diverged: (train|meta)_loss is (nan|inf) at step [123], where the "
+      r"learning rate is (9\d+|1e\+06); there is no finite checkpoint yet; train "
+      r"into another workdir with a smaller config.optimizer.learning_rate$",
+      str(error.value),
+    )
+  assert not saved_steps(tmp_path)
+  assert len(metrics(tmp_path)) < 3
+
+
+def test_a_finite_loss_does_not_save_a_state_that_is_not(
+  tmp_path, tiny_config, monkeypatch
+):
+  tiny_config.method = "uniform"
+  call = train.Step.__call__
+
+  def broken_after(self, state, halves, step):
+    state, metrics = call(self, state, halves, step)
+    # Training never reads running statistics.
+    factor = jax.numpy.where(step < 12, 1, jax.numpy.inf)
+    return state.replace(
+      batch_stats=jax.tree.map(lambda x: x * factor, state.batch_stats)
+    ), metrics
+
+  monkeypatch.setattr(train.Step, "__call__", broken_after)
+  with pytest.raises(ValueError) as error:
+    train.train(tmp_path, tiny_config)
+  assert re.match(
+    r"training diverged: .batch_stats.* is not finite at step 16, .*; the last "
+    "finite checkpoint is step 8; ",
+    str(error.value),
+  )
+  assert saved_steps(tmp_path) == [8]
+
+
+def test_the_log_is_json_whatever_it_is_told(tmp_path):
+  nan, inf = float("nan"), float("inf")
+  with metrics_log.MetricsLog(tmp_path) as log:
+    log.write("diagnose", 1, 0.5, {"a": nan, "b": [1.0, inf], "c": {"d": [-inf]}})
+
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+  assert (line["a"], line["b"], line["c"]) == (None, [1.0, None], {"d": [None]})
+
+
 def test_seconds_add_up_over_the_parts_of_a_run(finished, resumed, tiny_config):
   seconds = final_state(resumed[0], tiny_config)[1]["seconds"]
   assert seconds["train"] > 0 and seconds["compile"] > 0
@@ -159,6 +320,18 @@ def test_uniform_trains_and_logs_without_a_wpn(tmp_path, tiny_config):
   assert 4 < losses[0] < 5.5 and losses[-1] < losses[0]
 
 
+def test_sums_of_weights_by_loss():
+  rng = np.random.default_rng(0)
+  weights, losses = rng.uniform([0.2, 0], [1.8, 6], (3, 50, 2)).T.astype(np.float32)
+  found = train.weights_by_loss(10, jnp.asarray(weights), jnp.asarray(losses))
+  width = 2 * np.log(10) / train.LOSS_BINS
+  for k in range(3):
+    for m in range(train.LOSS_BINS):
+      here = weights[np.minimum(losses[:, k] // width, train.LOSS_BINS - 1) == m, k]
+      expected = (here - 1).sum(), ((here - 1) ** 2).sum(), len(here)
+      np.testing.assert_allclose([x[k, m] for x in found], expected, atol=1e-5)
+
+
 def test_weights_against_loss_are_binned(finished):
   line = [x for x in metrics(finished.workdir) if x["kind"] == "weights"][-1]
   edges, means, counts = (
@@ -180,6 +353,10 @@ def test_weights_against_loss_are_binned(finished):
   )
   assert total / counts.sum() == pytest.approx(1, abs=1e-5)
   # 1 ± 0.8 · (u - mean u), |u| < 1, with two exits.
+  assert all(
+    (std is None) == (mean is None) and (std is None or 0 <= std < 0.8)
+    for std, mean in zip(sum(line["std_weight"], []), means.ravel(), strict=True)
+  )
   assert all(0.2 < mean < 1.8 for mean in means[known])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from conftest import enable_x64
 from toy import LinearExits
 
 import l2w_jax
@@ -138,7 +139,7 @@ def assert_close(ours, oracle):
 def check_against_oracle(config, size=12):
   batches = [make_batch(size, seed) for seed in range(2)]
   values, reports = oracle_run(config, batches)
-  with jax.enable_x64(True):
+  with enable_x64(True):
     step = make_step(config)
     state = as_state(initial_values(config), config)
     for t, batch in enumerate(batches):
@@ -210,7 +211,7 @@ def unrolled_meta_loss(config, values, mlp_params, batch, num_steps):
 def check_unrolled(config, num_steps):
   """The gradient along random directions, against central differences."""
   batch, values = make_batch(12, 0), initial_values(config)
-  with jax.enable_x64(True):
+  with enable_x64(True):
     step = make_step(config)
     _, metrics = step(as_state(values, config), jax.tree.map(jnp.asarray, batch))
   gradient = jax.tree.map(lambda x: np.asarray(x[0]), metrics["wpn_gradient"])
@@ -689,7 +690,7 @@ def test_labels_smoothed_in_training_only():
   config.label_smoothing = 0.2
   plain = make_config()
   batch = make_batch(12, 0)
-  with jax.enable_x64(True):
+  with enable_x64(True):
 
     def run(c):
       state = as_state(initial_values(c), c)

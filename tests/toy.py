@@ -35,5 +35,5 @@ class NormalizedExits(LinearExits):
       return logits
     rows = logits.reshape(len(logits), 1, 1, -1)
     scale, bias = jnp.ones(rows.shape[-1]), jnp.zeros(rows.shape[-1])
-    (y,), _, _ = layers._normalize(axis_name, [rows], [scale], [bias])
+    (y,), _, _ = layers._normalize(axis_name, [rows], [scale], [bias], [bias])
     return y.reshape(logits.shape), stats

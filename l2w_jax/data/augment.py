@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -28,12 +27,17 @@ def shift(images: Images, offsets: Int[Array, "B 2"], pad: int) -> Images:
     offsets: top and left corner of each crop, in [0, 2·pad].
     pad: pixels of padding on each side.
   """
-  padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-
-  def crop(image, offset):
-    return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
-
-  return jax.vmap(crop)(padded, offsets)
+  shifted = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  # Rows, then columns, as one choice among 2·pad + 1 slices: XLA makes a loop over
+  # the images of a slice for each, which takes a TPU 30 times as long.
+  for axis in (1, 2):
+    offset = offsets[:, axis - 1][:, None, None, None]
+    choices = [
+      jax.lax.slice_in_dim(shifted, k, k + images.shape[axis], axis=axis)
+      for k in range(2 * pad + 1)
+    ]
+    shifted = jax.lax.select_n(jnp.broadcast_to(offset, choices[0].shape), *choices)
+  return shifted
 
 
 def flip(images: Images, mirrored: Array) -> Images:
@@ -70,18 +74,22 @@ def apply(config: ConfigDict, images: Images, draws: dict[str, Array]) -> Images
 
 
 def ready(
-  config: ConfigDict, data: Batch, rows: ArrayLike | slice, draws: dict[str, Array]
+  config: ConfigDict,
+  images: Images,
+  labels: Int[Array, " B"],
+  draws: dict[str, Array],
+  statistics: Batch,
 ) -> Batch:
-  """{"image", "label"} of some rows, augmented and normalised.
+  """{"image", "label"}, augmented and normalised.
 
   Args:
     config: the data config.
-    data: pixels "image", "label", and the channels' "mean" and "std".
-    rows: which of the images.
+    images, labels: of a half.
     draws: for them, from `draw`.
+    statistics: "mean" and "std" of the channels.
   """
-  images = apply(config, data["image"][rows], draws)
+  images = apply(config, images, draws)
   return {
-    "image": normalize(images, data["mean"], data["std"]),
-    "label": data["label"][rows],
+    "image": normalize(images, statistics["mean"], statistics["std"]),
+    "label": labels,
   }

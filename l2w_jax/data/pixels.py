@@ -3,6 +3,10 @@
 Pillow is what the released code reads images with: its bilinear filter widens
 when it shrinks an image (antialiasing), and it lets go of the interpreter while
 it decodes and resizes, so threads are enough to use every core.
+
+As in torchvision, alpha is dropped, with the colours that it hid showing, the
+first frame stands for all, and an EXIF orientation is not applied: images that a
+camera has marked as turned are seen as they are stored.
 """
 
 from __future__ import annotations
@@ -11,25 +15,91 @@ import io
 import math
 
 import numpy as np
-from PIL import Image
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+
+# What is decoded, whatever a file is called, and the suffixes that class folders
+# are searched for. Pillow knows others, some of which start programs (EPS).
+FORMATS = {
+  "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+  "PNG": (".png",),
+  "WEBP": (".webp",),
+  "BMP": (".bmp",),
+  "TIFF": (".tif", ".tiff"),
+  "GIF": (".gif",),
+  "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+}
+# config.data.max_pixels is the limit; Pillow's own knows no key to raise it by.
+Image.MAX_IMAGE_PIXELS = None
 
 Pixels = Image.Image | np.ndarray
 
+BITS_PER_SAMPLE = 258  # tag of a TIFF file
 AREA = (0.08, 1.0)  # of the image, that a random crop covers
 ASPECT = (3 / 4, 4 / 3)  # width over height of a random crop
 SHOWN = 0.875  # of the shorter side, that the middle of an image keeps: 224/256
 
 
-def decode(encoded: bytes, channels: int) -> Image.Image:
-  """The image in a JPEG, PNG or other file; grey for one channel, else RGB.
+def decode(encoded: bytes, channels: int, config: ConfigDict) -> Image.Image:
+  """The image in a file of one of `FORMATS`; grey for one channel, else RGB.
+
+  Greys of more than 8 bits are scaled so that white becomes 255; colours of more
+  than 8 bits are cut to their upper 8 by Pillow.
+
+  Args:
+    encoded: the file.
+    channels: 1 or 3.
+    config: the data config, for `max_pixels` and `grey_range`.
 
   Raises:
+    ValueError: another format, too many pixels, or greys out of range.
     OSError, SyntaxError, ValueError, EOFError: what Pillow says of a broken file.
   """
-  image = Image.open(io.BytesIO(encoded))
-  mode = "L" if channels == 1 else "RGB"
+  try:
+    image = Image.open(io.BytesIO(encoded), formats=list(FORMATS))
+  except UnidentifiedImageError as error:
+    raise ValueError(f"is none of {', '.join(FORMATS)}, or damaged") from error
+  width, height = image.size
+  if width * height > config.max_pixels:
+    raise ValueError(
+      f"has {width}×{height} pixels, more than "
+      f"config.data.max_pixels={config.max_pixels} allows"
+    )
   image.load()
+  if image.mode.startswith(("I", "F")):
+    image = _eight_bits(image, config.grey_range)
+  if image.mode == "P" and "transparency" in image.info:
+    image = image.convert("RGBA")  # or Pillow warns of what is dropped
+  mode = "L" if channels == 1 else "RGB"
   return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image, grey_range: float) -> Image.Image:
+  """A grey image of more than 8 bits, scaled from 0 … white to 0 … 255."""
+  white = grey_range or _white(image)
+  values = np.asarray(image).astype(np.float64)
+  low, high = values.min(), values.max()
+  if not (low >= 0 and high <= white):  # NaN is neither
+    raise ValueError(
+      f"holds grey values from {low:g} to {high:g}, and white is {white:g}; set "
+      "config.data.grey_range to the value that is white, or save the file anew "
+      "with values from 0 on"
+    )
+  return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+def _white(image: Image.Image) -> float:
+  """The largest grey value that a file of this kind can hold."""
+  if image.mode == "F":
+    return 1.0
+  if image.format in ("PNG", "PPM"):  # Pillow has scaled the latter
+    return 2.0**16 - 1
+  if image.mode.startswith("I;16"):
+    return 2.0 ** image.tag_v2[BITS_PER_SAMPLE][0] - 1
+  raise ValueError(
+    "holds whole numbers with a sign or of 32 bits, which do not say what white "
+    "is; set config.data.grey_range to its value"
+  )
 
 
 def to_array(image: Pixels) -> np.ndarray:

@@ -11,6 +11,11 @@ prepared: pip install "l2w_jax[prepare]".
 
 from __future__ import annotations
 
+from l2w_jax.run import stopping
+
+if __name__ == "__main__":
+  stopping.install()  # before the imports that take long
+
 import argparse
 import pathlib
 import sys
@@ -53,7 +58,7 @@ def prepare(name: str, data_dir: str, manual_dir: str, file_format: str) -> str:
 
 
 def main() -> None:
-  """The command line; errors are one line and exit code 2."""
+  """The command line; errors are one line and exit code 2 or 1."""
   parser = argparse.ArgumentParser(
     prog="python -m l2w_jax.data.prepare",
     description=__doc__,
@@ -68,12 +73,13 @@ def main() -> None:
     "--file_format", default="array_record", choices=["array_record", "tfrecord"]
   )
   args = parser.parse_args()
-  try:
+  from l2w_jax.run import backend, command
+
+  with command.one_line_errors():
+    backend.check()
     where = prepare(args.name, args.data_dir, args.manual_dir, args.file_format)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   data_dir = f" --config.data.data_dir={args.data_dir}" if args.data_dir else ""
+  print(f"prepare: {backend.describe()}", file=sys.stderr)
   print(
     f"{args.name} is in {where}; read it with "
     f"--config.data.source=tfds:{args.name}{data_dir}"

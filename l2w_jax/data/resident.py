@@ -21,9 +21,14 @@ from l2w_jax.run.parallel import ONE_DEVICE, Collectives
 
 
 def arrays(dataset: Dataset) -> Batch:
-  """What `make_halves_fn` reads: pixels, labels and channel statistics."""
+  """What `make_halves_fn` reads: pixels, labels and channel statistics.
+
+  An image is a row: of images in four dimensions a TPU makes a copy of the whole
+  set, in another layout, to gather a few.
+  """
+  images = dataset.train.images
   return {
-    "image": dataset.train.images,
+    "image": images.reshape(len(images), -1),
     "label": dataset.train.labels,
     "mean": np.asarray(dataset.mean, np.float32),
     "std": np.asarray(dataset.std, np.float32),
@@ -31,7 +36,9 @@ def arrays(dataset: Dataset) -> Batch:
 
 
 def make_halves_fn(
-  config: ConfigDict, devices: Collectives = ONE_DEVICE
+  config: ConfigDict,
+  image_shape: tuple[int, int, int],
+  devices: Collectives = ONE_DEVICE,
 ) -> Callable[[Batch, UInt32[Array, "2"], Int[Array, ""]], tuple[Batch, Batch]]:
   """(arrays, key data, step) -> this device's share of both halves of a batch.
 
@@ -48,10 +55,15 @@ def make_halves_fn(
       order.epoch_order(order_key, epoch, num_train), t * batch, batch
     )
     draws = augment.draw(config.data, jax.random.fold_in(augment_key, step), batch)
-    first, second = devices.own_halves((chosen, draws))
-    return (
-      augment.ready(config.data, data, *first),
-      augment.ready(config.data, data, *second),
+    return tuple(
+      augment.ready(
+        config.data,
+        data["image"][rows].reshape(-1, *image_shape),
+        data["label"][rows],
+        own,
+        data,
+      )
+      for rows, own in devices.own_halves((chosen, draws))
     )
 
   return halves_fn
@@ -69,7 +81,7 @@ class ResidentFeed:
     )
     devices = parallel.collectives(num_devices, config.sync)
     self._halves = parallel.map_devices(
-      make_halves_fn(config, devices), num_devices
+      make_halves_fn(config, dataset.image_shape, devices), num_devices
     )
 
   def halves(self, step: int) -> tuple[Batch, Batch]:

@@ -16,13 +16,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
-from l2w_jax.data import folder, pixels, splits, stored, tfds_files
+from l2w_jax.data import digits, folder, names, pixels, splits, stored, tfds_files
 
 # Bytes of pixels that train images may take for data.feed=auto to keep them on
 # the devices, and that are looked at, at most, for channel statistics.
 LIMIT = 2**30
+DARK = 64  # of 255: 14 bits in 16 stay below, and images that are seen do not
 SYNTHETIC_IMAGES, SYNTHETIC_CLASSES = 20_000, 100
 
 
@@ -34,6 +36,7 @@ class LazyImages:
     numbers: [N], for `load`, of each image.
     size: pixels of the square that evaluation and training see; 0: the whole.
     image_shape: (H, W, channels) of an image.
+    digests: uint64 [N], `stored.digest` of each whole image.
   """
 
   def __init__(
@@ -42,8 +45,10 @@ class LazyImages:
     numbers: np.ndarray,
     size: int,
     image_shape: tuple[int, int, int],
+    digests: np.ndarray,
   ):
     self._load, self._numbers, self._size = load, numbers, size
+    self.digests = digests
     self.shape = (len(numbers), *image_shape)
 
   def __len__(self) -> int:
@@ -65,7 +70,13 @@ class LazyImages:
 
   def keep(self, rows: np.ndarray) -> LazyImages:
     """The images of an index or bool array."""
-    return LazyImages(self._load, self._numbers[rows], self._size, self.shape[1:])
+    return LazyImages(
+      self._load,
+      self._numbers[rows],
+      self._size,
+      self.shape[1:],
+      self.digests[rows],
+    )
 
 
 class Split(NamedTuple):
@@ -127,8 +138,8 @@ def load(config: ConfigDict) -> Dataset:
   """
   kind, _, where = config.source.partition(":")
   openers = {name.partition(":")[0]: opener for name, opener in SOURCES.items()}
-  nameless = kind in SOURCES
-  if kind not in openers or nameless == bool(where):
+  known = config.source in SOURCES if kind == "digits" else where
+  if kind not in openers or not known:
     raise ValueError(
       f"unknown data source {config.source!r} in config.data.source; choose "
       f"one of {', '.join(SOURCES)}"
@@ -141,12 +152,14 @@ def load(config: ConfigDict) -> Dataset:
       f"{config.source} needs the streaming feed, and that needs "
       'Grain: pip install "l2w_jax[streaming]"'
     )
-  num_classes = len(source.class_names)
+  class_names = tuple(map(names.readable, source.class_names))
+  num_classes = len(class_names)
   train, test = (
     _open(split, config, streams) for split in (source.train, source.test)
   )
   _check_labels(train.labels, num_classes, f"train split of {config.source}")
   _check_labels(test.labels, num_classes, f"test split of {config.source}")
+  _check_classes(train.labels, class_names, config.source)
   if train.images.shape[1:] != test.images.shape[1:]:
     raise ValueError(
       f"train images of {config.source} are {train.images.shape[1:]} and test "
@@ -168,9 +181,18 @@ def load(config: ConfigDict) -> Dataset:
     train.labels, num_classes, config.label_noise, config.seed
   )
   train = train._replace(labels=labels)
-  return Dataset(
-    train, calibration, test, source.class_names, *_statistics(train.images, config)
-  )
+  mean, std = _statistics(train.images, config)
+  constant = np.flatnonzero(std == 0)
+  if len(constant):
+    logging.warning(
+      "channel %s of the train images of %s has one value everywhere, %s; it is "
+      "kept, and the network sees 0 in it",
+      " and ".join(map(str, constant)),
+      config.source,
+      " and ".join(f"{value:g}" for value in mean[constant]),
+    )
+    std = np.where(std == 0, 1.0, std)
+  return Dataset(train, calibration, test, class_names, mean, std)
 
 
 def _check_crops(config: ConfigDict) -> None:
@@ -208,21 +230,23 @@ def _open(
       np.arange(len(split.labels)),
       size,
       (*([size, size] if size else whole), channels),
+      np.array([stored.digest(image) for image in split.images], np.uint64),
     )
     return split._replace(images=images if streams else images[:])
   if streams:
-    index = stored.read_index(split, config.corrupt)
+    index = stored.read_index(split, config)
     if not size:
       stored.check_one_size(split, index)
     height, width = map(int, index.shapes[0])
     images = LazyImages(
-      lambda i: pixels.decode(split.read(i)[0], split.channels),
+      lambda i: stored.load(split, config, i),
       index.rows,
       size,
       (size or height, size or width, split.channels),
+      index.digests,
     )
   else:
-    index, images = stored.read_all(split, size, config.corrupt)
+    index, images = stored.read_all(split, config)
   return Split(images, index.labels).keep(np.lexsort((index.labels, index.digests)))
 
 
@@ -235,17 +259,17 @@ def _streams(train: Split | stored.Records, config: ConfigDict) -> bool:
   if isinstance(train, Split):
     count, shape = len(train.labels), train.images.shape[1:]
   else:
-    count, shape = len(train), _shape_of_one(train)
+    count, shape = len(train), _shape_of_one(train, config)
   if config.image_size:
     shape = (config.image_size, config.image_size, shape[-1])
   return count * math.prod(shape) > LIMIT
 
 
-def _shape_of_one(records: stored.Records) -> tuple[int, ...]:
+def _shape_of_one(records: stored.Records, config: ConfigDict) -> tuple[int, ...]:
   """Shape of the first image that can be read, of a few."""
   for i in range(min(len(records), 100)):
     try:
-      image = pixels.decode(records.read(i)[0], records.channels)
+      image = pixels.decode(records.read(i)[0], records.channels, config)
       return pixels.to_array(image).shape
     except Exception:  # it will be named when all images are read
       continue
@@ -258,7 +282,38 @@ def _check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
     raise ValueError(
       f"the {where} has a label {wrong[0]} ({len(wrong)} are out of range); "
       f"labels count from 0 to {num_classes - 1} here"
+      + (": subtract 1" if (labels.min(), labels.max()) == (1, num_classes) else "")
     )
+
+
+def _check_classes(labels: np.ndarray, class_names: tuple, source: str) -> None:
+  """Raises ValueError if a class has no train image; TFDS's are only named."""
+  empty = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0)
+  if not len(empty):
+    return
+  says = (
+    f"{len(empty)} of the {len(class_names)} classes of {source} have no train "
+    f"image, such as class {empty[0]} ({class_names[empty[0]]!r})"
+  )
+  kind = source.partition(":")[0]
+  if kind == "tfds":
+    logging.warning("%s; nothing can be learnt about them", says)
+    return
+  if kind == "folder":
+    advice = "add some that can be read, or remove its directories"
+  elif empty.tolist() == [0]:
+    advice = "labels count from 0: if yours count from 1, subtract 1 from all"
+  elif len(class_names) == 256 and labels.max() == 255:
+    advice = (
+      "if label 255 marks images to ignore, leave these out; labels count from 0 "
+      "on without gaps"
+    )
+  else:
+    advice = (
+      "number those that have images from 0 on without gaps, and name no others in "
+      "class_names"
+    )
+  raise ValueError(f"{says}; {advice}")
 
 
 def _statistics(
@@ -293,6 +348,15 @@ def _statistics(
     )
   else:
     counts = counts_of(images[:: rows.step])
+  brightest = np.flatnonzero(counts.any(axis=0)).max()
+  if config.source.startswith(("folder:", "tfds:")) and brightest < DARK:
+    logging.warning(
+      "no train pixel of %s is brighter than %d of 255; if its files hold fewer "
+      "bits than they have room for, such as 12 in 16, set "
+      "config.data.grey_range, to 4095 for these",
+      config.source,
+      brightest,
+    )
   values = np.tile(np.arange(256), (channels, 1))
   mean = np.average(values, axis=1, weights=counts)
   var = np.average((values - mean[:, None]) ** 2, axis=1, weights=counts)
@@ -300,15 +364,13 @@ def _statistics(
 
 
 def _digits(where: str, config: ConfigDict) -> Source:
-  """1,797 handwritten digits of 8×8 pixels, embedded; DIGITS.md credits them."""
-  del where, config
-  with np.load(pathlib.Path(__file__).with_name("digits.npz")) as arrays:
-    train, calibration, test = (
-      Split(arrays[f"{name}_images"], arrays[f"{name}_labels"])
-      for name in ("train", "calibration", "test")
-    )
-    class_names = tuple(map(str, arrays["class_names"]))
-  return Source(train, test, class_names, calibration)
+  del config
+  arrays = digits.read(where)
+  train, calibration, test = (
+    Split(arrays[f"{name}_images"], arrays[f"{name}_labels"])
+    for name in ("train", "calibration", "test")
+  )
+  return Source(train, test, tuple(map(str, arrays["class_names"])), calibration)
 
 
 def _npz(where: str, config: ConfigDict) -> Source:
@@ -327,10 +389,23 @@ def _npz(where: str, config: ConfigDict) -> Source:
     _checked(path, name, found[f"{name}_images"], found[f"{name}_labels"])
     for name in ("train", "test")
   )
+  count = 1 + max(int(split.labels.max()) for split in (train, test))
+  if "class_names" not in found and count > len(train.labels):
+    raise ValueError(
+      f"labels in {path} go up to {count - 1}, with {len(train.labels)} train "
+      "images; number the classes that have images from 0 on without gaps"
+    )
   class_names = found.get("class_names")
   if class_names is None:
-    class_names = range(1 + max(int(s.labels.max()) for s in (train, test)))
-  return Source(train, test, tuple(map(str, class_names)))
+    class_names = np.arange(count)
+  if class_names.size != max(class_names.shape, default=0):
+    raise ValueError(
+      f"class_names in {path} must be a row of names, got {class_names.dtype} "
+      f"{list(class_names.shape)}"
+    )
+  class_names = tuple(map(names.readable, class_names.ravel().tolist()))
+  names.check(class_names, str(path))
+  return Source(train, test, class_names)
 
 
 def _read_npz(path: pathlib.Path, wanted: list[str]) -> dict[str, np.ndarray]:
@@ -338,19 +413,19 @@ def _read_npz(path: pathlib.Path, wanted: list[str]) -> dict[str, np.ndarray]:
   with path.open("rb") as file:
     try:
       arrays = np.load(file)
-      names = arrays.files
+      held = arrays.files
     except Exception as error:  # whatever a file that is no zip brings
       raise ValueError(
         f"{path} is not an .npz file ({error}); it must hold "
         f"{', '.join(wanted)}, as np.savez writes them"
       ) from error
-    missing = [name for name in wanted if name not in names]
+    missing = [name for name in wanted if name not in held]
     if missing:
       raise ValueError(
         f"{path} has no array {missing[0]}; it must hold "
-        f"{', '.join(wanted)}, and holds {', '.join(names)}"
+        f"{', '.join(wanted)}, and holds {', '.join(held)}"
       )
-    for name in [*wanted, *({"class_names"} & set(names))]:
+    for name in [*wanted, *({"class_names"} & set(held))]:
       try:
         found[name] = arrays[name]
       except Exception as error:  # a damaged or a pickled array
@@ -371,9 +446,26 @@ def _checked(path, name, images, labels) -> Split:
       f"{name}_labels in {path} must be {len(images)} whole numbers, one for "
       f"each image, got {labels.dtype} {list(labels.shape)}"
     )
+  if _channels_first(images.shape):
+    raise ValueError(
+      f"{name}_images in {path} are {list(images.shape)}, which looks like [N "
+      "channels H W]; channels come last here: save "
+      f"{name}_images.transpose(0, 2, 3, 1)"
+    )
+  if labels.max() >= 2**31 or labels.min() < -(2**31):
+    raise ValueError(
+      f"{name}_labels in {path} hold {labels.min()} to {labels.max()}; labels "
+      "count the classes from 0 on"
+    )
   labels = labels.astype(np.int32)
   digests = np.array([stored.digest(image) for image in images], np.uint64)
   return Split(images, labels).keep(np.lexsort((labels, digests)))
+
+
+def _channels_first(shape: tuple[int, ...]) -> bool:
+  """Whether [N a b c] can only be meant as N images of a channels."""
+  _, a, b, c = shape
+  return a < min(b, c) and (a <= 4 < c or b == c)
 
 
 def _synthetic(where: str, config: ConfigDict) -> Source:
@@ -405,6 +497,7 @@ def _synthetic(where: str, config: ConfigDict) -> Source:
 # What config.data.source may be -> opens it, given what is behind the colon.
 SOURCES = {
   "digits": _digits,
+  "digits:mixed": _digits,
   "npz:PATH": _npz,
   "tfds:NAME": lambda name, config: Source(
     *tfds_files.open_tfds(name, config.data_dir)

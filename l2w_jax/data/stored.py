@@ -2,8 +2,9 @@
 
 A set is read through once: every image is decoded, so that a broken one is known
 by name before training begins, and gets a digest of its pixels, by which samples
-are put in an order that does not depend on how they are kept. A set that stays on
-disk remembers the outcome in a cache file, for as long as its files do not change.
+are put in an order that does not depend on how they are kept. Of a set that stays
+on disk the outcome is remembered, file by file, for as long as a file does not
+change; what could not be read is tried again at every start.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
+from PIL import Image
 
-from l2w_jax.data import pixels
-from l2w_jax.run import compile_cache, files
+from l2w_jax.data import pixels, remembered
 from l2w_jax.run.progress import Progress
 
 CHUNK = 64  # images that a thread takes at a time
@@ -30,17 +32,22 @@ class Records(Protocol):
   """N encoded images of a split.
 
   title: names the split in messages. channels: 1 or 3. files: that hold it.
+  labels: int [N], where something other than the files says them; else None.
   """
 
   title: str
   channels: int
   files: Sequence[pathlib.Path]
+  labels: np.ndarray | None
 
   def __len__(self) -> int:
     """N."""
 
   def read(self, i: int) -> tuple[bytes, int]:
     """(encoded image, label) of record i."""
+
+  def place(self, i: int) -> tuple[int, int]:
+    """(number of the file that record i is in, number of the record in it)."""
 
   def where(self, i: int) -> str:
     """Where record i lies, for a message."""
@@ -57,6 +64,15 @@ class Index(NamedTuple):
   labels: np.ndarray
   digests: np.ndarray
   shapes: np.ndarray
+
+
+# Of every readable record; labels are left out where the files do not say them.
+REMEMBERED = {
+  "keys": np.uint64,
+  "labels": np.int32,
+  "digests": np.uint64,
+  "shapes": np.int64,
+}
 
 
 def num_threads() -> int:
@@ -95,33 +111,74 @@ def in_threads(
       progress.update(done, {})
 
 
-def read_all(records: Records, size: int, corrupt: str) -> tuple[Index, np.ndarray]:
+def read_all(records: Records, config: ConfigDict) -> tuple[Index, np.ndarray]:
   """(index, uint8 [N H W channels]) of a split that fits into memory.
 
   Args:
     records: the split.
-    size: pixels of the square that `pixels.middle` makes of an image; 0: images
-      stay as they are.
-    corrupt: "fail" or "skip".
+    config: the data config.
 
   Raises:
     ValueError: unreadable images, or images of different sizes.
   """
-  found, images = _examine(records, lambda image: pixels.middle(image, size))
-  index = _judge(records, found, corrupt)
+  size = config.image_size
+  found, images = _examine(
+    records, config, lambda image: pixels.middle(image, size), range(len(records))
+  )
+  index = _judge(records, found, config.corrupt)
   if size == 0:
     check_one_size(records, index)
   return index, np.stack(images)
 
 
-def read_index(records: Records, corrupt: str) -> Index:
-  """The index of a split that stays on disk; from the cache if it is there.
+def read_index(records: Records, config: ConfigDict) -> Index:
+  """The index of a split that stays on disk; what is remembered is not read again.
 
   Raises:
     ValueError: unreadable images.
   """
-  found = cached("index", records, lambda: _examine(records, lambda image: None)[0])
-  return _judge(records, found, corrupt)
+  where = os.path.abspath(os.path.commonpath(records.files))
+  name = (
+    f"index 3 {records.title} {where} {records.channels} {config.max_pixels}"
+    f" {config.grey_range}"
+  )
+  keys = _keys(records)
+  before = remembered.load(name, REMEMBERED)
+  known = (
+    {}
+    if before is None
+    else {key: i for i, key in enumerate(before["keys"].tolist())}
+  )
+  new = [row for row, key in enumerate(keys) if key not in known]
+  found, _ = _examine(records, config, lambda image: None, new)
+  if len(new) < len(keys):
+    rows = np.array([row for row, key in enumerate(keys) if key in known])
+    places = [known[keys[row]] for row in rows]
+    merged = np.concatenate([rows, found["rows"]])
+    order = np.argsort(merged)
+    found["rows"] = merged[order]
+    for field in ("labels", "digests", "shapes"):
+      merged = np.concatenate([before[field][places], found[field]])
+      found[field] = merged[order]
+  if records.labels is not None:  # those of now
+    found["labels"] = records.labels[found["rows"]].astype(np.int32)
+  if len(found["rows"]) + len(new) > len(keys):  # some of the new can be read
+    keep = [row for row in found["rows"] if keys[row] is not None]
+    at = np.isin(found["rows"], keep)
+    arrays = {field: found[field][at] for field in ("labels", "digests", "shapes")}
+    arrays["keys"] = np.array([keys[row] for row in keep], np.uint64)
+    remembered.save(name, arrays, records.title)
+  return _judge(records, found, config.corrupt)
+
+
+def _keys(records: Records) -> list[int | None]:
+  """What stands for every record and does not outlast a change of its file."""
+  stamps = [remembered.stamp(path) for path in records.files]
+  places = map(records.place, range(len(records)))
+  return [
+    None if stamps[file] is None else remembered.key(f"{stamps[file]} {number}")
+    for file, number in places
+  ]
 
 
 def check_one_size(records: Records, index: Index) -> None:
@@ -139,38 +196,62 @@ def check_one_size(records: Records, index: Index) -> None:
     )
 
 
-def _examine(records: Records, view) -> tuple[dict[str, np.ndarray], list]:
-  """What an index file holds, and view(image) of every readable image."""
+def _examine(
+  records: Records, config: ConfigDict, view: Callable, rows: Sequence[int]
+) -> tuple[dict[str, np.ndarray], list]:
+  """What an `Index` holds, and what is bad; view(image) of every readable image."""
 
   def examine(i):
     try:
       encoded, label = records.read(i)
-      image = pixels.decode(encoded, records.channels)
+      image = pixels.decode(encoded, records.channels, config)
       whole = pixels.to_array(image)
       return label, digest(whole), whole.shape[:2], view(image)
     except Exception as error:  # decoders and record readers raise anything
-      return f"{type(error).__name__}: {error}".splitlines()[0]
+      return reason(error)
 
   good, bad, reasons = [], [], []
-  for i, result in enumerate(
-    in_threads(examine, range(len(records)), f"read {records.title}")
-  ):
+  results = in_threads(examine, rows, f"read {records.title}") if rows else ()
+  for i, result in zip(rows, results, strict=True):
     if isinstance(result, str):
       bad.append(i)
       reasons.append(result)
     else:
       good.append((i, *result))
-  rows, labels, digests, shapes, images = (
+  good_rows, labels, digests, shapes, images = (
     zip(*good, strict=True) if good else [()] * 5
   )
   return {
-    "rows": np.array(rows, np.int64),
+    "rows": np.array(good_rows, np.int64),
     "labels": np.array(labels, np.int32),
     "digests": np.array(digests, np.uint64),
     "shapes": np.array(shapes, np.int64).reshape(-1, 2),
     "bad": np.array(bad, np.int64),
     "reasons": np.array(reasons, str),
   }, list(images)
+
+
+def reason(error: Exception) -> str:
+  """What an error says, in one line, without the path that will stand before it."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror.lower()
+  kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+  return " ".join(f"{kind}{error}".split())
+
+
+def load(records: Records, config: ConfigDict, i: int) -> Image.Image:
+  """The image of record i, which could be read when training began.
+
+  Raises:
+    ValueError: it cannot be read any more.
+  """
+  try:
+    return pixels.decode(records.read(i)[0], records.channels, config)
+  except Exception as error:  # decoders and record readers raise anything
+    raise ValueError(
+      f"{records.where(i)} cannot be read any more ({reason(error)}); bring it "
+      "back, and the same command goes on from the last checkpoint"
+    ) from error
 
 
 def _judge(records: Records, found: dict, corrupt: str) -> Index:
@@ -195,36 +276,3 @@ def _judge(records: Records, found: dict, corrupt: str) -> Index:
     )
   logging.warning("%s; going on without them", says)
   return index
-
-
-def cached(
-  kind: str, records: Records, compute: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-  """What `compute` returned for these files before, or returns now.
-
-  Kept in $XDG_CACHE_HOME/l2w_jax (~/.cache/l2w_jax), by path, size and time of
-  every file of the split.
-  """
-  key = hashlib.sha1(f"{kind} 1 {records.channels} {len(records)}".encode())
-  for path in records.files:
-    stat = path.stat()
-    key.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-  path = compile_cache.user_folder() / f"{kind}-{key.hexdigest()}.npz"
-  try:
-    with path.open("rb") as file, np.load(file) as arrays:
-      return dict(arrays)
-  except FileNotFoundError:
-    pass
-  except Exception as error:  # a damaged cache file raises anything
-    logging.warning(
-      "%s cannot be used (%s); reading %s again", path, error, records.title
-    )
-  arrays = compute()
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_arrays(path, **arrays)
-  except OSError as error:
-    logging.warning(
-      "what was found in %s is not remembered: %s", records.title, error
-    )
-  return arrays

@@ -40,10 +40,13 @@ def make_halves_fn(
       config.data, jax.random.fold_in(augment_key, step), config.batch
     )
     middle = data["label"].shape[0] // 2
-    first, second = devices.own_halves(draws)
-    return (
-      augment.ready(config.data, data, slice(middle), first),
-      augment.ready(config.data, data, slice(middle, None), second),
+    return tuple(
+      augment.ready(
+        config.data, data["image"][rows], data["label"][rows], own, data
+      )
+      for rows, own in zip(
+        (slice(middle), slice(middle, None)), devices.own_halves(draws), strict=True
+      )
     )
 
   return halves_fn

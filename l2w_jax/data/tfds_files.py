@@ -16,14 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from l2w_jax.data import stored
+from l2w_jax.data import remembered, stored
 
 LENGTH = struct.Struct("<Q")
+FRAMES = dict.fromkeys(("shards", "offsets", "lengths"), np.int64)
 HEADER, FOOTER = 12, 4  # bytes around a tfrecord
 
 
 class TfdsRecords:
   """The records of one split of a prepared set; see `stored.Records`."""
+
+  labels = None  # the records say them
 
   def __init__(self, builder: Any, split: str):
     import tensorflow_datasets as tfds
@@ -55,11 +58,15 @@ class TfdsRecords:
     )
     return example[self._image], int(example[self._label])
 
+  def place(self, i: int) -> tuple[int, int]:
+    """(number of the file, of the record in it)."""
+    shard = int(np.searchsorted(self._ends, i, side="right"))
+    return shard, i - int(self._ends[shard - 1] if shard else 0)
+
   def where(self, i: int) -> str:
     """File and number of record i."""
-    shard = int(np.searchsorted(self._ends, i, side="right"))
-    first = self._ends[shard - 1] if shard else 0
-    return f"{self.files[shard]} record {i - first}"
+    shard, number = self.place(i)
+    return f"{self.files[shard]} record {number}"
 
 
 class _ArrayRecords:
@@ -84,7 +91,7 @@ class _TfRecords:
 
   def __init__(self, records: TfdsRecords):
     self._files = records.files
-    frames = stored.cached("frames", records, lambda: _all_frames(records.files))
+    frames = _frames(records)
     if len(frames["offsets"]) != len(records):
       raise _other_count(records, len(frames["offsets"]))
     self._frames = frames
@@ -104,6 +111,17 @@ def _other_count(records: TfdsRecords, found: int) -> ValueError:
     f"records, but their dataset_info.json says {len(records)}; prepare the "
     "set again"
   )
+
+
+def _frames(records: TfdsRecords) -> dict[str, np.ndarray]:
+  """File, offset and length in bytes of every record; remembered."""
+  stamps = map(remembered.stamp, records.files)
+  name = f"frames 3 {' '.join(map(str, stamps))}"
+  frames = remembered.load(name, FRAMES)
+  if frames is None:
+    frames = _all_frames(records.files)
+    remembered.save(name, frames, records.title)
+  return frames
 
 
 def _all_frames(files: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
@@ -177,6 +195,18 @@ def open_tfds(
     f" --data_dir={data_dir}" if data_dir else ""
   )
   if not prepared.info.splits:
+    others = sorted(
+      path.parent.name
+      for path in pathlib.Path(prepared.data_path).parent.glob(
+        "*/dataset_info.json"
+      )
+    )
+    if others:
+      found = [f"tfds:{name.partition(':')[0]}:{version}" for version in others]
+      raise ValueError(
+        f"tfds:{name} is not prepared in {prepared.data_path}, but another version "
+        f"is: set config.data.source={' or '.join(found)}"
+      )
     raise ValueError(
       f"tfds:{name} is not prepared in {prepared.data_path}; prepare it with "
       f"{prepare} (it downloads the set), or set config.data.data_dir to the "
@@ -254,5 +284,11 @@ def _class_names(name: str, info: Any) -> tuple[str, ...]:
     raise ValueError(
       f"tfds:{name} is not a set of images with one label each; "
       f"its features are {', '.join(features)}"
+    )
+  dtype = np.dtype(features[keys[0]].np_dtype)
+  if dtype not in (np.uint8, np.uint16):  # TFDS hides floats in the bytes of a PNG
+    raise ValueError(
+      f"tfds:{name} has images of {dtype}; only uint8 and uint16 can be read, so "
+      "write the set as a folder of images or as .npz"
     )
   return tuple(features[keys[1]].names)

@@ -1,7 +1,8 @@
 """A trained network that really stops: each stage runs for who is still there.
 
     network = early_exit.load("runs/digits")
-    labels, exits, confidences = network.predict(images)   # uint8 [N H W channels]
+    answers = network.predict(images)   # uint8 [N H W channels]
+    answers.label, answers.exit, answers.probabilities(), answers.top(5)
 
 Images go through the stages in batches of one width. Whoever is confident enough
 leaves; the rest of several batches are gathered into full ones for the next
@@ -25,8 +26,9 @@ images, K exits, W the width.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -40,11 +42,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from l2w_jax import models
 from l2w_jax.data import augment
-from l2w_jax.exits import deferral
+from l2w_jax.exits import deferral, targets
 from l2w_jax.exits import policy as exit_policy
 from l2w_jax.models.backbone import Backbone
-from l2w_jax.run import directory
-from l2w_jax.training import checkpoint
+from l2w_jax.run import directory, files
+from l2w_jax.training import checkpoint, identity
 
 # Widths of the batches by backend, others having those of a GPU. All programs of a
 # stage, gathering ones included, are at most log2 of the largest width + 1. On a
@@ -54,24 +56,72 @@ PASSES = {"cpu": 2}  # side by side in a call longer than a batch; others have 1
 Numbers = ArrayLike | Sequence[float]
 
 
-class Answers(NamedTuple):
-  """label int32 [N], exit int32 [N] counted from 0, confidence float32 [N]."""
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What a network says of N images, each at the exit where it left.
+
+  label: int32 [N], the class; `class_name` is its name.
+  exit: int32 [N], counted from 1.
+  confidence: float32 [N], by the network's measure, which decided to leave.
+  logits: float32 [N C].
+  macs: float64 [N], cost up to that exit.
+  temperature: float32 [N], fitted for that exit, 1 where none was.
+  class_names: C names, empty if the network has none.
+  """
 
   label: np.ndarray
   exit: np.ndarray
   confidence: np.ndarray
+  logits: np.ndarray
+  macs: np.ndarray
+  temperature: np.ndarray
+  class_names: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.label)
+
+  @property
+  def class_name(self) -> np.ndarray:
+    """[N] names of the labels; the numbers as text where there are no names."""
+    names = self.class_names or [str(c) for c in range(self.logits.shape[1])]
+    return np.array(names, object)[self.label]
+
+  def probabilities(self, scaled: bool = False) -> np.ndarray:
+    """Softmax of the logits, float32 [N C]; scaled: of logits / temperature."""
+    logits = self.logits / self.temperature[:, None] if scaled else self.logits
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+  def top(self, k: int = 5, scaled: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(classes, probabilities) [N k] of the k most likely, the likeliest first."""
+    order = np.argsort(-self.logits, -1, kind="stable")[:, :k]
+    return order, np.take_along_axis(self.probabilities(scaled), order, -1)
+
+
+class Calibration(NamedTuple):
+  """Scores of the split that chooses thresholds.
+
+  confidence: [N K]; correct: bool [N K]; search: "held_out" or "released";
+  held_out: False if the network was trained on it.
+  """
+
+  confidence: np.ndarray
+  correct: np.ndarray
+  search: str = "held_out"
+  held_out: bool = True
 
 
 class State(NamedTuple):
   """What passes from stage to stage.
 
+  label, confidence, logits: answer of the exit just passed.
   carry: what later stages need, a list of arrays [W …]; empty at the end.
-  label, confidence: answer of the exit just passed.
   """
 
-  carry: list[Array]
   label: Int[Array, " W"]
   confidence: Float[Array, " W"]
+  logits: Float[Array, "W C"]
+  carry: list[Array]
 
 
 class _Waiting(NamedTuple):
@@ -91,7 +141,10 @@ class EarlyExit:
       at least the threshold. The last is not read.
     mean, std: [channels] pixel statistics the network was trained with.
     measure: confidence, one of `exit_policy.MEASURES`.
-    class_names: C names, for those who export the network.
+    class_names: C names, or none.
+    temperatures: [K], see `temperature.fit`; None for 1.
+    calibration: confidence and correctness [N K] of the split that chooses
+      thresholds, for `with_target`.
 
   Raises:
     ValueError: weights that are not finite, or thresholds that do not fit.
@@ -106,13 +159,18 @@ class EarlyExit:
     std: Numbers,
     measure: str = "probability",
     class_names: tuple[str, ...] = (),
+    temperatures: Numbers | None = None,
+    calibration: Calibration | None = None,
   ):
     self.backbone, self.measure = backbone, measure
-    self.class_names = class_names
+    self.class_names, self.calibration = class_names, calibration
     self.mean, self.std = np.float32(mean), np.float32(std)
     self.variables = jax.tree.map(np.asarray, variables)
     _check_finite(self.variables)
-    self.thresholds = self._checked_thresholds(thresholds)
+    self.thresholds = self._per_exit(thresholds, "thresholds")
+    if temperatures is None:
+      temperatures = np.ones(backbone.num_exits)
+    self.temperatures = self._per_exit(temperatures, "temperatures")
     self._splits: dict[tuple[int, Any], deferral.Split] = {}
     self._examples: dict[tuple[int, Any], PyTree] = {}
     self._warm: set[int] = set()  # widths whose programs are compiled
@@ -124,16 +182,42 @@ class EarlyExit:
     self._gather = [
       jax.jit(functools.partial(_gather)) for _ in range(backbone.num_exits)
     ]
-    self._single = jax.jit(self._nested)
+    self._single = jax.jit(self.decide)
 
   def with_thresholds(self, thresholds: Numbers) -> EarlyExit:
     """The same compiled network with other thresholds [K]."""
     other = object.__new__(EarlyExit)
     other.__dict__ = {
       **self.__dict__,
-      "thresholds": self._checked_thresholds(thresholds),
+      "thresholds": self._per_exit(thresholds, "thresholds"),
     }
     return other
+
+  def with_target(self, target: str) -> EarlyExit:
+    """The same compiled network with the thresholds of a target.
+
+    Args:
+      target: such as "accuracy:0.93", see `targets`.
+
+    Raises:
+      ValueError: no such target, one that no thresholds reach on the calibration
+        split, or a network without that split's scores.
+    """
+    if self.calibration is None:
+      raise ValueError(
+        "this network was made without scores of a calibration split, which a "
+        "target needs; load an evaluated run, or give thresholds"
+      )
+    targets.check(target, self.calibration.held_out)
+    choice = targets.choose(
+      targets.parse(target),
+      self.calibration.confidence,
+      self.calibration.correct,
+      self.backbone.macs,
+      self.calibration.search,
+      self.measure,
+    )
+    return self.with_thresholds(choice.thresholds)
 
   def compilations(self) -> list[int]:
     """[K] programs compiled for each stage so far, gathering included."""
@@ -151,13 +235,11 @@ class EarlyExit:
         None,
       )
     else:
-      carry, *before = state
+      carry, before = state.carry, (state.label, state.confidence)
     logits, carry = self._split(k, width).now(carry)
-    label, confidence = exit_policy.exit_confidence(
-      logits, self.measure, before and tuple(before)
-    )
+    label, confidence = exit_policy.exit_confidence(logits, self.measure, before)
     last = k == self.backbone.num_exits - 1
-    return State([] if last else carry, label, confidence)
+    return State(label, confidence, logits, [] if last else carry)
 
   def _split(self, k: int, width: Any) -> deferral.Split:
     """Stage k, behind what stage k - 1 left to do; cut at the logits."""
@@ -175,33 +257,77 @@ class EarlyExit:
       )
     return self._splits[k, width]
 
-  def predict(self, images: ArrayLike) -> Answers:
+  def predict(
+    self,
+    images: ArrayLike,
+    target: str | None = None,
+    thresholds: Numbers | None = None,
+  ) -> Answers:
     """Answers for images [N H W channels]; stages stop for who has left.
 
     On a CPU long calls run in threads, which JAX's context managers of the caller,
     such as `jax.default_device`, do not reach.
 
+    Args:
+      images: uint8, of the size the network was trained on.
+      target, thresholds: of this call, see `with_target` and `with_thresholds`.
+
     Raises:
-      ValueError: not uint8 images of the size the network was trained on, or a
-        NaN confidence.
+      ValueError: images of another kind, a NaN confidence, or what
+        `with_target` and `with_thresholds` raise.
     """
+    if target is not None and thresholds is not None:
+      raise ValueError("give a target or thresholds, not both")
+    if target is not None:
+      return self.with_target(target).predict(images)
+    if thresholds is not None:
+      return self.with_thresholds(thresholds).predict(images)
     images = self._checked(images)
     width = _width(len(images))
 
     def run(part):
-      return _Pass(self, part, width).run()
+      return _Pass(self, part, width).run()  # label, exit, confidence, logits
 
     passes = PASSES.get(jax.default_backend(), 1)
     if passes == 1 or len(images) <= width:
-      answers = run(images)
+      found = run(images)
     else:
       if width not in self._warm:
         self.warm_up(len(images))  # or each pass would compile every program
       with futures.ThreadPoolExecutor(passes) as pool:
         parts = pool.map(run, np.array_split(images, passes))
-        answers = Answers(*map(np.concatenate, zip(*parts, strict=True)))
-    _refuse_nan(answers.confidence)
-    return answers
+        found = list(map(np.concatenate, zip(*parts, strict=True)))
+    return self._answers(*found)
+
+  def predict_proba(
+    self, images: ArrayLike, scaled: bool = False, **options: Any
+  ) -> np.ndarray:
+    """[N C] probabilities at the exit where each image leaves, see `predict`.
+
+    Args:
+      images: see `predict`.
+      scaled: by the temperature of that exit.
+      **options: `target` or `thresholds`, see `predict`.
+    """
+    return self.predict(images, **options).probabilities(scaled)
+
+  def _answers(self, label, exits, confidence, logits) -> Answers:
+    """Answers, from exits counted from 0."""
+    unknown = np.isnan(confidence).sum()
+    if unknown:
+      raise ValueError(
+        f"confidence is NaN for {unknown} of {len(confidence)} images, so they "
+        "have no exit; look for huge weights"
+      )
+    return Answers(
+      label,
+      exits + 1,
+      confidence,
+      logits,
+      self.backbone.macs[exits],
+      self.temperatures[exits],
+      self.class_names,
+    )
 
   def warm_up(self, num_images: int) -> None:
     """Compiles every program that a call with so many images can need."""
@@ -242,9 +368,7 @@ class EarlyExit:
       ValueError: see `predict`.
     """
     images = self._checked(np.asarray(image)[None])
-    answers = Answers(*map(np.asarray, self._single(images, self.thresholds)))
-    _refuse_nan(answers.confidence)
-    return answers
+    return self._answers(*map(np.asarray, self._single(images, self.thresholds)))
 
   def simulate_one(self, image: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """(predictions, confidences) [K] at every exit, by answer's program."""
@@ -258,10 +382,22 @@ class EarlyExit:
       np.concatenate([a[2] for a in found]),
     )
 
-  def _nested(self, images, thresholds):
+  def decide(
+    self, images: ArrayLike, thresholds: ArrayLike
+  ) -> tuple[Array, Array, Array, Array]:
+    """(label, exit from 0, confidence, logits) of one image, as a pure function.
+
+    Later stages are branches of `lax.cond`, so the device skips them.
+
+    Args:
+      images: uint8 [1 H W channels].
+      thresholds: [K].
+    """
+
     def run(k, state):
       state = self.stage(k, state)
-      leave = (state.label, jnp.full_like(state.label, k), state.confidence)
+      label, confidence, logits, _ = state
+      leave = (label, jnp.full_like(label, k), confidence, logits)
       if k == self.backbone.num_exits - 1:
         return leave
       return lax.cond(
@@ -283,15 +419,13 @@ class EarlyExit:
       )
     return images
 
-  def _checked_thresholds(self, thresholds: Numbers) -> np.ndarray:
-    thresholds = np.asarray(thresholds, np.float32)
-    num_exits = self.backbone.num_exits
-    if thresholds.shape != (num_exits,) or np.isnan(thresholds).any():
+  def _per_exit(self, values: Numbers, name: str) -> np.ndarray:
+    values, num_exits = np.asarray(values, np.float32), self.backbone.num_exits
+    if values.shape != (num_exits,) or np.isnan(values).any():
       raise ValueError(
-        f"thresholds must be [{num_exits}], one number per exit; "
-        f"got {thresholds.tolist()}"
+        f"{name} must be [{num_exits}], one number per exit; got {values.tolist()}"
       )
-    return thresholds
+    return values
 
 
 class _Pass:
@@ -302,13 +436,13 @@ class _Pass:
     self._network, self._images = network, images
     self._width = width
     self._waiting: list[_Waiting | None] = [None] * self._num_exits
-    self._answers = Answers(
-      np.empty(num_images, np.int32),
-      np.empty(num_images, np.int32),
-      np.empty(num_images, np.float32),
-    )
+    self._label = np.empty(num_images, np.int32)
+    self._exit = np.empty(num_images, np.int32)
+    self._confidence = np.empty(num_images, np.float32)
+    self._logits = np.empty((num_images, network.backbone.num_classes), np.float32)
 
-  def run(self) -> Answers:
+  def run(self) -> tuple[np.ndarray, ...]:
+    """(label, exit from 0, confidence, logits) of the images."""
     everyone, started = np.arange(len(self._images)), None
     for start in range(0, len(self._images), self._width):
       batch = self._images[start : start + self._width]
@@ -326,7 +460,7 @@ class _Pass:
       rest, self._waiting[k] = self._waiting[k], None
       if rest is not None:
         self._run_stage(k, *rest)
-    return self._answers
+    return self._label, self._exit, self._confidence, self._logits
 
   def _run_stage(self, k, state, rows, images) -> None:
     """Stage k for `images`, which are in `rows` of the state."""
@@ -334,17 +468,16 @@ class _Pass:
 
   def _leave(self, k, state, rows, images) -> None:
     """Takes the answers of exit k, and queues who goes on."""
-    label, confidence = (
-      np.asarray(x)[rows] for x in (state.label, state.confidence)
-    )
+    label, confidence, logits = (np.asarray(x)[rows] for x in state[:3])
     if k == self._num_exits - 1:
       leave = np.ones(len(rows), bool)
     else:
       leave = confidence >= self._network.thresholds[k]
     left = images[leave]
-    self._answers.label[left] = label[leave]
-    self._answers.exit[left] = k
-    self._answers.confidence[left] = confidence[leave]
+    self._label[left] = label[leave]
+    self._exit[left] = k
+    self._confidence[left] = confidence[leave]
+    self._logits[left] = logits[leave]
     if not leave.all():
       self._wait(k + 1, state, rows[~leave], images[~leave])
 
@@ -406,35 +539,36 @@ def _check_finite(variables: PyTree) -> None:
     )
 
 
-def _refuse_nan(confidence: np.ndarray) -> None:
-  unknown = np.isnan(confidence).sum()
-  if unknown:
-    raise ValueError(
-      f"confidence is NaN for {unknown} of {len(confidence)} images, so they "
-      "have no exit; look for huge weights"
-    )
-
-
-def load(workdir: pathlib.Path | str) -> EarlyExit:
+def load(workdir: str | os.PathLike, target: str | None = None) -> EarlyExit:
   """The network of an evaluated run, with the thresholds of its target.
+
+  Args:
+    workdir: of the run.
+    target: another one, see `EarlyExit.with_target`.
 
   Raises:
     ValueError: the workdir is not trained or not evaluated, or was trained on
-      after its evaluation.
+      after its evaluation; or what `with_target` raises.
   """
-  workdir = pathlib.Path(workdir)
-  config = directory.read_config(workdir)
+  workdir = files.path(workdir)
+  config = identity.read_config(workdir)
   results = directory.read_results(workdir)
   backbone = models.build_backbone(
     config.model, results["num_classes"], tuple(results["image_shape"])
   )
-  state, _ = checkpoint.restore(workdir, config, backbone)
+  state, info = checkpoint.restore(workdir, config, backbone)
   if int(state.step) != results["step"]:
     raise ValueError(
       f"{workdir / 'results.json'} is of step {results['step']}, the latest "
       f"checkpoint of step {int(state.step)}; run --mode=evaluate again"
     )
-  return EarlyExit(
+  if info["checkpoint"] != results["checkpoint"]:
+    raise ValueError(
+      f"{workdir / 'results.json'} is of other weights than the latest checkpoint; "
+      "run --mode=evaluate again"
+    )
+  scores = directory.read_scores(workdir, backbone.num_exits)
+  network = EarlyExit(
     backbone,
     jax.device_get(state.variables),
     np.float32(results["chosen"]["thresholds"]),
@@ -442,4 +576,12 @@ def load(workdir: pathlib.Path | str) -> EarlyExit:
     results["std"],
     results["confidence"],
     tuple(results["class_names"]),
+    [entry["temperature"] for entry in results["temperatures"]],
+    Calibration(
+      scores["calibration_confidence"],
+      scores["calibration_prediction"] == scores["calibration_label"][:, None],
+      results["calibration"],
+      results["samples"]["calibration"] > 0,
+    ),
   )
+  return network if target is None else network.with_target(target)

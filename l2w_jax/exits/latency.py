@@ -3,7 +3,8 @@
 Every way of running the network is timed on the same test images, a few calls of
 each in turn, so that a machine that slows down slows all of them and each finds
 the caches as it left them. Times are of whole calls, with images handed over as
-NumPy arrays and answers read back.
+NumPy arrays and answers read back: medians over rounds, each with the interval of
+order statistics that holds the median of such rounds with at least 95 %.
 
     full       the whole network with all its exits in one program, which is what
                the MACs of the last exit count
@@ -17,23 +18,24 @@ NumPy arrays and answers read back.
 from __future__ import annotations
 
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from l2w_jax.data import sources
 from l2w_jax.exits import early_exit
 from l2w_jax.exits import policy as exit_policy
-from l2w_jax.run import directory, files
+from l2w_jax.run import backend, directory, files
 from l2w_jax.run.progress import Progress
+from l2w_jax.training import identity
 
 # Batch size -> (rounds, calls in a row): timed calls of each way of running.
-CALLS = {1: (20, 20), 256: (8, 1)}
+CALLS = {1: (20, 20), 256: (12, 1)}
+P95_CALLS = 100  # calls of one way without which nothing is said of the slowest
 QS = (0.25, 0.5, 0.75, 1.0, 1.5)  # operating points beside the chosen one
 
 
@@ -49,7 +51,7 @@ class Way(NamedTuple):
   macs: float
 
 
-def measure(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
+def measure(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
   """Times an evaluated run; writes latency.json.
 
   Returns:
@@ -61,15 +63,25 @@ def measure(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   """
   network = early_exit.load(workdir)
   results = directory.read_results(workdir)
-  dataset = sources.load(config.data)
-  directory.check_same_images(workdir, dataset.num_classes, dataset.image_shape)
-  points = {f"target {results['chosen']['target']}": network.thresholds}
-  for row in results["budgeted"]:
-    if row["q"] in QS:
-      points[f"q = {row['q']:g}"] = np.float32(row["thresholds"])
+  dataset, _ = identity.open_data(workdir, config)
+  points = {
+    f"q = {row['q']:g}" if "q" in row else f"patience {row['patience']:g}": (
+      np.float32(row["thresholds"])
+    )
+    for row in results["budgeted"]
+    if row.get("q", QS[0]) in QS
+  }
+  points = {f"target {results['chosen']['target']}": network.thresholds} | {
+    name: thresholds
+    for name, thresholds in points.items()
+    if not np.array_equal(thresholds, network.thresholds)  # timed already
+  }
   rows = time_all(network, dataset.test.images, points)
   latency = {
     "step": results["step"],
+    "checkpoint": results["checkpoint"],
+    "target": results["chosen"]["target"],
+    "confidence": results["confidence"],
     "device": {
       "platform": jax.default_backend(),
       "kind": jax.local_devices()[0].device_kind,
@@ -98,6 +110,7 @@ def time_all(
   rows = []
   total = sum(rounds for rounds, _ in calls.values())
   with Progress(total, unit="round", label="latency") as progress:
+    progress.note(backend.describe())
     done = 0
     for batch, (rounds, in_a_row) in calls.items():
       needed = np.resize(np.arange(len(images)), batch * rounds * in_a_row)
@@ -117,7 +130,7 @@ def time_all(
             seconds[i].append(time.perf_counter() - began)
         done += 1
         progress.update(done, {"batch": batch})
-      rows += _rows(ways, seconds, batch)
+      rows += _rows(ways, seconds, rounds, batch)
   return rows
 
 
@@ -178,25 +191,50 @@ def _answers(network: early_exit.EarlyExit, images, last: int):
   return answers
 
 
-def _rows(ways, seconds, batch) -> list[dict[str, Any]]:
+def _rows(ways, seconds, rounds, batch) -> list[dict[str, Any]]:
   full = next(i for i, way in enumerate(ways) if way.row["kind"] == "full")
-  per_image = [np.mean(seconds[i]) / way.images for i, way in enumerate(ways)]
+  # [rounds] seconds per image of each way, a round being the median of its calls.
+  by_round = [
+    np.median(np.reshape(seconds[i], (rounds, -1)), 1) / way.images
+    for i, way in enumerate(ways)
+  ]
   rows = []
   for i, way in enumerate(ways):
-    p50, p95 = 1e3 * np.percentile(seconds[i], [50, 95])
-    speedup = per_image[full] / per_image[i]
-    promised = ways[full].macs / way.macs
+    time_, low, high = (1e3 * way.images * x for x in median_interval(by_round[i]))
+    speedup = median_interval(by_round[full] / by_round[i])
+    many = len(seconds[i]) >= P95_CALLS
     rows.append(
       {
         **way.row,
         "batch": batch,
+        "rounds": rounds,
         "calls": len(seconds[i]),
         "macs": way.macs,
-        "p50_ms": float(p50),
-        "p95_ms": float(p95),
-        "images_per_second": float(1 / per_image[i]),
-        "speedup": float(speedup),
-        "speedup_by_macs": float(promised),
+        "ms": time_,
+        "ms_low": low,
+        "ms_high": high,
+        "p95_ms": 1e3 * float(np.percentile(seconds[i], 95)) if many else None,
+        "images_per_second": 1e3 * way.images / time_,
+        "speedup": speedup[0],
+        "speedup_low": speedup[1],
+        "speedup_high": speedup[2],
+        "speedup_by_macs": ways[full].macs / way.macs,
       }
     )
   return rows
+
+
+def median_interval(values: ArrayLike) -> tuple[float, float, float]:
+  """(median, low, high) of n values, distribution-free.
+
+  Low and high are the innermost two of the sorted values, equally far from both
+  ends, that hold the median of the population with at least 95 %; the smallest
+  and the largest where no two do (n < 6).
+  """
+  from scipy import stats  # JAX needs it anyway
+
+  values = np.sort(np.asarray(values, float))
+  n = len(values)
+  # P(the median lies outside the j-th from either end) = 2 P(Binomial(n, ½) < j).
+  j = max(1, int(stats.binom.ppf(0.025, n, 0.5)))
+  return float(np.median(values)), float(values[j - 1]), float(values[n - j])

@@ -8,14 +8,17 @@
 
 The family is the exponential one of `exit_policy.find_thresholds`, for 241 q
 from 1/1000 to 1000 and both ends: everyone leaves first, everyone leaves last.
-All but `risk` hold on the calibration split itself and promise nothing of other
-samples. Shapes: N samples of the calibration split, K exits, Q threshold vectors;
-cost in MACs per sample.
+Patience has few values, so its family is its levels: leave where 2, 3, … K exits
+in a row have agreed. Risk tries thresholds that all exits share and that no data
+chose. All but `risk` hold on the calibration split itself and promise nothing of
+other samples. Shapes: N samples of the calibration split, K exits, Q threshold
+vectors; cost in MACs per sample.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +26,11 @@ from jax.typing import ArrayLike
 
 from l2w_jax.exits import policy as exit_policy
 
+QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
 FAMILY_QS = np.geomspace(1e-3, 1e3, 241)
+SHARED = 1 - np.geomspace(
+  1e-6, 1, 241
+)  # thresholds that `risk` tries, strict first
 FORMS = "q:Q, macs:M, accuracy:A or risk:R:DELTA"
 _NUMBERS = {"q": 1, "macs": 1, "accuracy": 1, "risk": 2}
 
@@ -36,12 +43,16 @@ class Target(NamedTuple):
 
 
 class Choice(NamedTuple):
-  """Thresholds [K] and what they give on the calibration split."""
+  """Thresholds [K] and what they give on the calibration split.
+
+  note: what the user should know of the choice, or "".
+  """
 
   thresholds: np.ndarray
   accuracy: float
   macs: float
   exits: np.ndarray
+  note: str = ""
 
 
 def parse(text: str) -> Target:
@@ -71,12 +82,28 @@ def parse(text: str) -> Target:
   return Target(kind, values)
 
 
+def check(text: str, holds_out: bool) -> None:
+  """Raises ValueError for a target that the split it is chosen on cannot keep.
+
+  Args:
+    text: the target.
+    holds_out: whether there is a calibration split, which nothing was trained on.
+  """
+  if parse(text).kind == "risk" and not holds_out:
+    raise ValueError(
+      f"config.evaluate.target={text} promises something of new images, which the "
+      "train split cannot; hold images out with config.data.calibration, or choose "
+      "another target"
+    )
+
+
 def choose(
   target: Target,
   confidence: ArrayLike,
   correct: ArrayLike,
   macs: ArrayLike,
   calibration: str = "held_out",
+  measure: str = "probability",
 ) -> Choice:
   """Thresholds that reach a target on the calibration split.
 
@@ -85,6 +112,7 @@ def choose(
     confidence, correct: [N K] on the calibration split.
     macs: [K] cost up to each exit.
     calibration: "held_out" or "released", see `find_thresholds`.
+    measure: what confidence is, one of `exit_policy.MEASURES`.
 
   Raises:
     ValueError: no thresholds reach the target (it says the nearest), an empty
@@ -94,13 +122,15 @@ def choose(
   exit_policy.exits_taken(confidence, np.zeros(np.shape(macs)))
   exit_policy.anytime(correct, macs)
   confidence, correct = np.asarray(confidence), np.asarray(correct, bool)
-  macs = np.asarray(macs, np.float64)
+  macs, note = np.asarray(macs, np.float64), ""
   if target.kind == "q":
-    thresholds = _find(confidence, target.values[0], calibration)
+    thresholds = for_budgets(confidence, target.values, macs, calibration, measure)[
+      0
+    ]
   elif target.kind == "risk":
-    thresholds = _for_risk(confidence, correct, macs, *target.values, calibration)
+    thresholds, note = _for_risk(confidence, correct, *target.values, measure)
   else:
-    family = _family(confidence, calibration)
+    family = _family(confidence, calibration, measure)
     right, cost = _score(confidence, correct, macs, family)
     if target.kind == "macs":
       found = _for_macs(right, cost, target.values[0])
@@ -110,8 +140,58 @@ def choose(
   right, left = exit_policy.counts(confidence, correct, thresholds)
   exits = np.asarray(left) / len(correct)
   return Choice(
-    thresholds, int(right.sum()) / len(correct), float(exits @ macs), exits
+    thresholds, int(right.sum()) / len(correct), float(exits @ macs), exits, note
   )
+
+
+def curve(
+  confidence: ArrayLike, calibration: str = "held_out", measure: str = "probability"
+) -> tuple[str, list[float], np.ndarray]:
+  """("q", the paper's 39 budgets, thresholds [39 K]), the points of a curve.
+
+  For patience: ("patience", 2 … K, thresholds [K - 1, K]).
+  """
+  if measure == "patience":
+    levels = _levels(np.shape(confidence)[1])
+    return "patience", levels[:, 0].astype(int).tolist(), levels
+  shares = exit_policy.proportions(QS, np.shape(confidence)[1])
+  return (
+    "q",
+    list(QS),
+    np.asarray(
+      exit_policy.find_thresholds(confidence, shares, calibration=calibration)
+    ),
+  )
+
+
+def for_budgets(
+  confidence: ArrayLike,
+  qs: ArrayLike | Sequence[float],
+  macs: ArrayLike,
+  calibration: str = "held_out",
+  measure: str = "probability",
+) -> np.ndarray:
+  """[Q K] thresholds, one row for each q.
+
+  Patience cannot let a chosen share leave. Its row is the level whose mean cost
+  is nearest to the cost that the shares of q would have.
+
+  Args:
+    confidence: [N K] on the calibration split.
+    qs: Q values above 0.
+    macs: [K] cost up to each exit.
+    calibration, measure: see `choose`.
+  """
+  num_exits = np.shape(confidence)[1]
+  shares = exit_policy.proportions(qs, num_exits)
+  if measure != "patience":
+    return np.asarray(
+      exit_policy.find_thresholds(confidence, shares, calibration=calibration)
+    )
+  levels = _levels(num_exits)
+  _, left = exit_policy.counts(confidence, np.zeros_like(confidence, bool), levels)
+  cost = np.asarray(left) @ macs / len(confidence)
+  return levels[np.abs(cost - (np.asarray(shares) @ macs)[:, None]).argmin(1)]
 
 
 def _for_macs(right, cost, most) -> np.integer:
@@ -139,52 +219,72 @@ def _for_accuracy(right, cost, least, num_samples) -> np.integer:
   return min(allowed, key=lambda i: (cost[i], -right[i]))
 
 
-def _for_risk(confidence, correct, macs, most, delta, calibration) -> np.ndarray:
+def _for_risk(confidence, correct, most, delta, measure) -> tuple[np.ndarray, str]:
   """Learn Then Test by fixed-sequence testing (Angelopoulos et al., 2021).
 
   A sample is harmed if the full network is right and its early answer is not,
-  so accuracy falls by at most the fraction harmed. One random half of the split
-  sets the family and its order, from the full network down in cost; the other
-  half tests, in that order, whether the fraction harmed is above `most`, until
-  the first test that cannot reject this at level delta. The test is exact: of n
-  samples at most b are harmed with probability P(Binomial(n, most) <= b). The
-  full network harms nobody, needs no test, and is the answer where no early
-  exit passes.
+  so accuracy falls by at most the fraction harmed. Thresholds that all exits
+  share are tried from the full network down, in a sequence that no sample had a
+  part in, so the whole split may test: whether the fraction harmed is above
+  `most`, until the first test that cannot reject this at level delta. The test
+  is exact: of n samples at most b are harmed with probability
+  P(Binomial(n, most) <= b). The full network harms nobody, needs no test, and is
+  the answer where no early exit passes.
   """
   from scipy import special  # JAX needs it anyway
 
-  order = np.random.default_rng(0).permutation(len(correct))
-  first, second = order[::2], order[1::2]
-  family = _family(confidence[first], calibration)
-  _, cost = _score(confidence[first], correct[first], macs, family)
-  best = family[-1]  # the full network
-  family = family[np.argsort(-cost, kind="stable")]
-  taken = np.asarray(exit_policy.exits_taken(confidence[second], family))
-  early = correct[second][np.arange(len(second)), taken]  # [Q N]
-  harmed = (correct[second, -1] & ~early).sum(1)
-  for thresholds, count in zip(family, harmed, strict=True):
-    if not len(second) or special.bdtr(count, len(second), most) > delta:
-      break
-    best = thresholds
-  return best
-
-
-def _find(confidence, q, calibration) -> np.ndarray:
-  """[K] thresholds, or [Q K] for Q values of q."""
-  shares = exit_policy.proportions(q, confidence.shape[1])
-  return np.asarray(
-    exit_policy.find_thresholds(confidence, shares, calibration=calibration)
+  num_samples, num_exits = confidence.shape
+  if measure == "patience":
+    family = _levels(num_exits)[::-1]
+  else:
+    family = _shared(SHARED, num_exits)
+  taken = np.asarray(exit_policy.exits_taken(confidence, family))
+  early = correct[np.arange(num_samples), taken]  # [Q N]
+  harmed = (correct[:, -1] & ~early).sum(1)
+  passes = special.bdtr(harmed, num_samples, most) <= delta
+  num_passing = len(passes) if passes.all() else int(passes.argmin())
+  if num_passing:
+    return family[num_passing - 1], ""
+  needed = samples_for_risk(most, delta)
+  return _shared([np.inf], num_exits)[0], (
+    f"nothing but the full network passes risk:{most:g}:{delta:g}"
+    + (
+      f": it needs at least {needed} calibration images, and there are "
+      f"{num_samples}"
+      if needed > num_samples
+      else f" on {num_samples} calibration images"
+    )
   )
 
 
-def _family(confidence, calibration) -> np.ndarray:
+def samples_for_risk(most: float, delta: float) -> float:
+  """Samples with which a test passes if it harms none: (1 - most)^n <= delta."""
+  if most in (0, 1):
+    return math.inf if most == 0 else 1
+  return math.ceil(math.log(delta) / math.log1p(-most))
+
+
+def _shared(values, num_exits) -> np.ndarray:
+  """[Q K], each value at all exits but the last."""
+  rows = np.repeat(np.float32(values)[:, None], num_exits, 1)
+  rows[:, -1] = -np.inf
+  return rows
+
+
+def _levels(num_exits) -> np.ndarray:
+  """[Q K] patience 2, 3, … K; at K only the last exit answers."""
+  return _shared(np.arange(2, max(num_exits, 2) + 1), num_exits)
+
+
+def _family(confidence, calibration, measure) -> np.ndarray:
   """[Q K] thresholds; the first lets everyone go at once, the last nobody."""
-  all_first, all_last = np.full(
-    (2, 1, confidence.shape[1]), -np.inf, confidence.dtype
-  )
-  all_last[:, :-1] = np.inf
-  inside = _find(confidence, FAMILY_QS, calibration)
-  return np.concatenate([all_first, inside, all_last])
+  num_exits = confidence.shape[1]
+  first, last = _shared([-np.inf, np.inf], num_exits)[:, None]
+  if measure == "patience":
+    inside = _levels(num_exits)
+  else:
+    inside = for_budgets(confidence, FAMILY_QS, np.zeros(num_exits), calibration)
+  return np.concatenate([first, inside, last])
 
 
 def _score(confidence, correct, macs, thresholds):

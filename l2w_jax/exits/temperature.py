@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 NUM_BINS = 15
 LOWEST, HIGHEST = 0.01, 100.0
+ENOUGH = 1_000  # samples, for an error that says more than their number
 
 
 def fit(logits: ArrayLike, labels: ArrayLike) -> Float[Array, " K"]:
@@ -88,10 +89,62 @@ def calibration_error(
     num_bins: M.
   """
   confidence, correct = np.asarray(confidence, float), np.asarray(correct)
-  bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+  bins = _bins(confidence, num_bins)
   return np.array(
     [
       np.abs(np.bincount(bins[:, k], correct[:, k] - confidence[:, k])).sum()
       for k in range(confidence.shape[1])
     ]
   ) / len(confidence)
+
+
+def error_if_calibrated(
+  confidence: ArrayLike, num_bins: int = NUM_BINS, draws: int = 200, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """([K] mean, [K] 97.5th percentile) of the error without any miscalibration.
+
+  Of so few samples the error is above 0 even where every confidence is the
+  probability of being right. Whether each sample is right is drawn with just that
+  probability, and `calibration_error` taken of the draws.
+
+  Args:
+    confidence: [N K], probabilities.
+    num_bins: M.
+    draws: of the N samples.
+    seed: of the draws.
+  """
+  confidence = np.asarray(confidence, float)
+  rng = np.random.default_rng(seed)
+  errors = [
+    calibration_error(
+      confidence, rng.random(confidence.shape) < confidence, num_bins
+    )
+    for _ in range(draws)
+  ]
+  return np.mean(errors, 0), np.percentile(errors, 97.5, 0)
+
+
+def reliability(
+  confidence: np.ndarray, correct: np.ndarray, num_bins: int = NUM_BINS
+) -> list[dict[str, float]]:
+  """Mean confidence, accuracy and number of the samples in each bin that has any.
+
+  Args:
+    confidence: [N] of one exit, probabilities.
+    correct: [N] bool.
+    num_bins: M.
+  """
+  bins = _bins(np.asarray(confidence, float), num_bins)
+  return [
+    {
+      "confidence": float(confidence[bins == b].mean()),
+      "accuracy": float(correct[bins == b].mean()),
+      "samples": int((bins == b).sum()),
+    }
+    for b in np.unique(bins)
+  ]
+
+
+def _bins(confidence: np.ndarray, num_bins: int) -> np.ndarray:
+  """Bins of equal width on (0, 1], closed above, counted from 0."""
+  return np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)

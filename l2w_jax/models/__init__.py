@@ -43,8 +43,8 @@ def build_backbone(
   network.check(config, image_shape)
   fields = config.to_dict()
   del fields["name"]
-  remat, dtype = fields.pop("remat"), fields.pop("dtype")
+  how = {name: fields.pop(name) for name in ("remat", "dtype", "precision")}
   # `init` is a method of every Flax module.
   fields["initializer"] = fields.pop("init")
   module = network(num_classes=num_classes, **fields)
-  return Backbone(module, num_classes, tuple(image_shape), remat, dtype)
+  return Backbone(module, num_classes, tuple(image_shape), **how)

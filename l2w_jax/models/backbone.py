@@ -12,6 +12,7 @@ second empty without BatchNorm.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -52,6 +53,9 @@ class Backbone:
     dtype: of images and convolution kernels, "bfloat16" or "float32", which leaves
       them as they are. Parameters, BatchNorm's arithmetic and statistics, the
       classifiers' means and logits are float32 in both.
+    precision: of products and convolutions of float32: "default", "high" or
+      "highest" of `jax.default_matmul_precision`. CPUs have one precision; on a TPU
+      the default rounds operands to bfloat16, on a GPU to TF32.
     remat: whether a derivative keeps only what passes from stage to stage, and
       computes the inside of each anew. Less memory, more operations.
   """
@@ -61,6 +65,7 @@ class Backbone:
   image_shape: tuple[int, int, int]
   remat: bool = False
   dtype: str = "float32"
+  precision: str = "default"
 
   @property
   def num_exits(self) -> int:
@@ -119,9 +124,10 @@ class Backbone:
       self.remat,
       method=_all_stages,
     )
-    if not train:
-      return run()
-    logits, updated = run(mutable=["batch_stats"])
+    with self._precise():
+      if not train:
+        return run()
+      logits, updated = run(mutable=["batch_stats"])
     return logits, updated.get("batch_stats", {})
 
   def stage(
@@ -133,7 +139,14 @@ class Backbone:
     """
     # Later carries are activations, and have the dtype they need.
     variables, carry = self._cast(variables, carry)
-    return self.module.apply(variables, k, carry, method=self.module.stage)
+    with self._precise():
+      return self.module.apply(variables, k, carry, method=self.module.stage)
+
+  def _precise(self):
+    """A context in which products are traced with the wanted precision."""
+    if self.precision == "default":
+      return contextlib.nullcontext()
+    return jax.default_matmul_precision(self.precision)
 
   def _cast(self, variables: Variables, images: PyTree):
     """Variables and images in the dtypes that the layers compute with."""

@@ -18,42 +18,34 @@ of a curve, N test images.
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-import pathlib
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2w_jax.results import figures, page
+from l2w_jax.results import drawing, figures, intervals, page
 from l2w_jax.run import directory, files
 
 NUM_POINTS = 5  # mean costs in the table
 NUM_DRAWN = 60  # mean costs in the pictures
 NUM_GROUPS = 5  # of test images, from easy to hard
 AT_Q = 0.75  # budget at which exits are counted
-CONFIDENCE = 0.95
 TITLES = {
   "anytime": "Test accuracy (%) of every exit",
   "budgeted": "Test accuracy (%) with early exits, at equal mean cost",
 }
 CAPTIONS = {
-  "curves.png": "Mean over the seeds, and a band of one standard deviation. "
-  "Lines: early exits. Circles: every image at one exit.",
-  "gain.png": "Accuracy beyond that of the reference at equal mean cost, mean "
-  "of the differences seed by seed with its 95 % t interval at each cost.",
-  "weights.png": "Mean weight of the training samples in each loss bin, early "
-  "and late in training; the band is one standard deviation over the seeds.",
-  "leaving.png": f"Test images in {NUM_GROUPS} groups of one size, from those "
-  "that the exits of the reference are surely right about to those they are "
-  f"surely wrong about, and where they leave at q = {AT_Q}.",
+  "curves": "Lines: images leave early, at the first exit that is confident "
+  "enough. Dots: every image leaves at the same exit.",
+  "gain": "Differences at equal mean cost, seed by seed, so that what a seed does "
+  "to both does not count.",
+  "weights": "Mean weight of the training samples by their loss at the exit, late "
+  "in training; 1 is plain training.",
+  "leaving": f"Test images in {NUM_GROUPS} groups of one size, from those that the "
+  "exits of the reference are surely right about to those they are surely wrong "
+  f"about, and where they leave at q = {AT_Q}; q sets how late images leave.",
 }
-# The reference is grey; the others differ in hue and lightness.
-REFERENCE_COLOR = "#5f6368"
-COLORS = "#c2410c #1d4ed8 #15803d #7e22ce #a16207 #0e7490 #be185d".split()
 
 
 class Run(NamedTuple):
@@ -77,16 +69,19 @@ class Run(NamedTuple):
   seconds: float
 
 
-def read_run(workdir: pathlib.Path) -> Run:
+def read_run(workdir: files.Path) -> Run:
   """The run of a directory.
 
   Raises:
     ValueError: a file is missing or cannot be read.
   """
   results = directory.read_results(workdir)
-  metrics = directory.read_metrics(workdir)
-  scores = directory.read_scores(workdir)
-  at_q = min(results["budgeted"], key=lambda entry: abs(entry["q"] - AT_Q))
+  num_exits = len(results["macs"])
+  metrics = directory.read_metrics(workdir, num_exits)
+  scores = directory.read_scores(workdir, num_exits)
+  at_q = min(
+    results["budgeted"], key=lambda entry: abs(drawing.point_of(entry)[1] - AT_Q)
+  )
   # A threshold that is null in the file, NaN, lets nobody leave.
   thresholds = np.nan_to_num(
     np.array(at_q["thresholds"], dtype=float),
@@ -101,9 +96,9 @@ def read_run(workdir: pathlib.Path) -> Run:
     ),
     macs=np.array(results["macs"]),
     weights=metrics["weights"],
-    correct=scores["correct"],
-    confidence=scores["confidence"],
-    exits=np.argmax(scores["confidence"] >= thresholds, axis=1),
+    correct=scores["test_prediction"] == scores["test_label"][:, None],
+    confidence=scores["test_confidence"],
+    exits=np.argmax(scores["test_confidence"] >= thresholds, axis=1),
     seconds=results["seconds"]["train"],
   )
 
@@ -143,37 +138,6 @@ def at_equal_cost(
     name: np.array([accuracy_at(run.curve, costs) for run in found])
     for name, found in runs.items()
   }
-
-
-def spread(values: np.ndarray) -> dict[str, Any]:
-  """{"n", "mean", "std"} over the first axis; std is None for a single value."""
-  n = len(values)
-  return {
-    "n": n,
-    "mean": values.mean(axis=0).tolist(),
-    "std": values.std(axis=0, ddof=1).tolist() if n > 1 else None,
-  }
-
-
-def paired(values: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-  """Differences seed by seed, [S …], with the t interval of their mean.
-
-  Returns:
-    "n", "mean", "std", "low" and "high"; the last three are None for one seed.
-  """
-  from scipy import stats
-
-  difference = values - reference
-  found = spread(difference)
-  if found["n"] == 1:
-    return found | {"low": None, "high": None}
-  reach = (
-    stats.t.ppf((1 + CONFIDENCE) / 2, found["n"] - 1)
-    * np.array(found["std"])
-    / math.sqrt(found["n"])
-  )
-  mean = np.array(found["mean"])
-  return found | {"low": (mean - reach).tolist(), "high": (mean + reach).tolist()}
 
 
 def easy_to_hard(reference: Sequence[Run]) -> np.ndarray:
@@ -243,22 +207,22 @@ def summarize(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     "reference": reference,
     "seeds": len(runs[reference]),
     "test_images": len(group),
-    "confidence": CONFIDENCE,
+    "confidence": intervals.CONFIDENCE,
     "macs": everything[0].macs.tolist(),
     "costs": costs.tolist(),
     "methods": {
       name: {
-        "anytime": spread(anytime[name]),
-        "budgeted": spread(budgeted[name]),
+        "anytime": intervals.spread(anytime[name]),
+        "budgeted": intervals.spread(budgeted[name]),
         "leaving": leaving(found, group).tolist(),
-        "seconds": spread(np.array([run.seconds for run in found])),
+        "seconds": intervals.spread(np.array([run.seconds for run in found])),
       }
       for name, found in runs.items()
     },
     "differences": {
       name: {
-        "anytime": paired(anytime[name], anytime[reference]),
-        "budgeted": paired(budgeted[name], budgeted[reference]),
+        "anytime": intervals.paired(anytime[name], anytime[reference]),
+        "budgeted": intervals.paired(budgeted[name], budgeted[reference]),
       }
       for name in others
     },
@@ -267,7 +231,7 @@ def summarize(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
 
 def rows(summary: dict[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
   """(head, rows) of a table in percent; kind is "anytime" or "budgeted"."""
-  scale, unit = figures.cost_scale(summary["macs"])
+  scale, unit = drawing.cost_scale(summary["macs"])
   if kind == "anytime":
     points = [(f"exit {k}:", cost) for k, cost in enumerate(summary["macs"], 1)]
   else:
@@ -293,7 +257,7 @@ def rows(summary: dict[str, Any], kind: str) -> tuple[list[str], list[list[str]]
 def _cells(found, mean: str, spread: str, *names: str) -> list[str]:
   """Means in percent, and what is known of their spread, if anything is."""
   columns = [found["mean"]]
-  if found["std"] is not None:
+  if all(found[name] is not None for name in names):
     columns += [found[name] for name in names]
     mean += spread
   return [
@@ -303,13 +267,18 @@ def _cells(found, mean: str, spread: str, *names: str) -> list[str]:
 
 def _explain(summary: dict[str, Any]) -> str:
   images, seeds = summary["test_images"], summary["seeds"]
-  spoken = (
-    "One seed, so nothing is said about spread"
-    if seeds == 1
-    else f"Mean ± standard deviation over {seeds} seeds, and the mean "
-    "difference seed by seed with its 95 % t interval, which speaks of "
-    "new seeds on the same images"
-  )
+  if seeds == 1:
+    spoken = "One seed, so nothing is said about spread"
+  elif seeds < intervals.MIN_SEEDS:
+    spoken = (
+      f"Mean ± standard deviation over {seeds} seeds, too few for an interval"
+    )
+  else:
+    spoken = (
+      f"Mean ± standard deviation over {seeds} seeds, and the mean difference "
+      "seed by seed with its 95 % t interval, which speaks of new seeds on the "
+      "same images"
+    )
   return f"{spoken}. {images:,} test images; one is {100 / images:.2g} points."
 
 
@@ -327,13 +296,17 @@ def as_text(summary: dict[str, Any]) -> str:
 
 
 def write(
-  workdir: pathlib.Path, runs: Mapping[str, Sequence[pathlib.Path]]
+  workdir: files.Path,
+  runs: Mapping[str, Sequence[files.Path]],
+  figure_format: str | None = None,
 ) -> dict[str, Any]:
   """Writes comparison.json, comparison.txt and comparison/index.html.
 
   Args:
     workdir: where they go.
     runs: run directories of each method, in the order of the seeds.
+    figure_format: of `drawing.FORMATS`, to write the pictures into
+      `comparison/figures/`, too.
 
   Returns:
     what comparison.json holds.
@@ -341,142 +314,67 @@ def write(
   Raises:
     ValueError: a run is not finished, or the runs cannot be compared.
   """
-  found = {name: [read_run(path) for path in paths] for name, paths in runs.items()}
+  found = {name: [read_run(x) for x in paths] for name, paths in runs.items()}
   summary = summarize(found)
+  drawn = draw(found, summary)
   folder = workdir / "comparison"
-  weighted = {
-    name: runs for name, runs in found.items() if all(run.weights for run in runs)
-  }
-  pictures = {
-    "curves.png": (draw_curves, found),
-    "gain.png": summary["differences"] and (draw_gain, found),
-    "weights.png": weighted and (draw_weights, weighted),
-    "leaving.png": (draw_leaving, summary),
-  }
-  figures.write_pictures(folder, pictures)
-  drawn = [name for name, how in pictures.items() if how]
+  files.make_folder(folder)
   files.write(folder / "index.html", render(summary, drawn))
+  if figure_format:
+    drawing.save(folder / "figures", drawn, figure_format)
   files.write(workdir / "comparison.json", json.dumps(summary, indent=2) + "\n")
   files.write(workdir / "comparison.txt", as_text(summary))
   return summary
 
 
-def render(summary: dict[str, Any], pictures: Sequence[str]) -> str:
-  """The page, with the pictures there are."""
-  others = ", ".join(summary["differences"])
-  tables = "\n".join(
-    f"<h2>{heading}</h2>\n{page.table(*rows(summary, kind))}"
-    for kind, heading in TITLES.items()
-  )
-  shown = "\n".join(
-    page.picture(name, caption)
-    for name, caption in CAPTIONS.items()
-    if name in pictures
-  )
+def render(summary: dict[str, Any], drawn: Mapping[str, Any]) -> str:
+  """The page, with the figures there are."""
+  names = [*summary["differences"], summary["reference"]]
   return page.render(
-    " against ".join(filter(None, [others, summary["reference"]])),
-    f"""<p>{escape(_explain(summary))}
-All numbers: <a href="../comparison.json">comparison.json</a>.</p>
-{tables}
-<h2>Pictures</h2>
-{shown}""",
+    "comparison.html",
+    drawn,
+    title=" against ".join(filter(None, [", ".join(names[:-1]), names[-1]])),
+    explanation=_explain(summary),
+    captions=CAPTIONS,
+    tables={heading: rows(summary, kind) for kind, heading in TITLES.items()},
   )
 
 
-def _colors(names) -> dict[str, str]:
-  reference, *others = names
-  return {
-    reference: REFERENCE_COLOR,
-    **dict(zip(others, itertools.cycle(COLORS), strict=False)),
-  }
-
-
-def draw_curves(runs: Mapping[str, Sequence[Run]]):
-  """Accuracy against mean cost with a band per method, and the single exits."""
-  figure, axes, scale = _over_cost(runs, 4.6)
-  costs, accuracy = at_equal_cost(runs, NUM_DRAWN)
-  for name, color in _colors(runs).items():
-    found = 100 * accuracy[name]
-    figures.band(axes, costs / scale, found.mean(0), _std(found), color, name)
-    axes.plot(
-      runs[name][0].macs / scale,
-      100 * np.mean([run.accuracy for run in runs[name]], axis=0),
-      "o",
-      color=color,
-      markerfacecolor="none",
-      markersize=6,
+def draw(
+  runs: Mapping[str, Sequence[Run]], summary: dict[str, Any]
+) -> dict[str, Any]:
+  """{name: figure} of a comparison, those that there is something to show in."""
+  macs = np.array(summary["macs"])
+  costs, curves = at_equal_cost(runs, NUM_DRAWN)
+  drawn = {
+    "curves": figures.draw_comparison(
+      costs,
+      curves,
+      macs,
+      {
+        name: np.array([run.accuracy for run in found])
+        for name, found in runs.items()
+      },
     )
-  axes.set(title="Accuracy against cost", ylabel="test accuracy (%)")
-  figure.legend(loc="outside lower center", ncols=4)
-  return figure
-
-
-def draw_gain(runs: Mapping[str, Sequence[Run]]):
-  """Accuracy beyond the reference at equal mean cost, with its t interval."""
-  figure, axes, scale = _over_cost(runs, 3.8)
-  costs, accuracy = at_equal_cost(runs, NUM_DRAWN)
-  (reference, color), *others = _colors(runs).items()
-  axes.axhline(0, color=color, linewidth=1)
-  for name, color in others:
-    found = paired(100 * accuracy[name], 100 * accuracy[reference])
-    mean = np.array(found["mean"])
-    reach = 0 if found["high"] is None else np.array(found["high"]) - mean
-    figures.band(axes, costs / scale, mean, reach, color, name)
-  axes.set(title=f"Gain over {reference} at equal mean cost", ylabel="points")
-  figure.legend(loc="outside lower center", ncols=4)
-  return figure
-
-
-def _over_cost(runs, height: float):
-  """(figure, axes over cost, divisor of the costs)."""
-  scale, unit = figures.cost_scale(next(iter(runs.values()))[0].macs)
-  figure = figures.new_figure(7.5, height)
-  axes = figure.add_subplot(xlabel=f"cost per image, mean ({unit})")
-  return figure, axes, scale
-
-
-def draw_weights(runs: Mapping[str, Sequence[Run]]):
-  """Mean weight against loss: a row per method, a panel per exit."""
-  num_exits = len(next(iter(runs.values()))[0].macs)
-  figure = figures.new_figure(max(2.1 * num_exits, 4.5), 2.2 * len(runs) + 0.8)
-  panels = figure.subplots(
-    len(runs), num_exits, sharex=True, sharey=True, squeeze=False
-  )
-  for row, (name, found) in zip(panels, runs.items(), strict=True):
-    for which, color in ((0, "#f59e0b"), (-1, "#7f1d1d")):
-      lines = [run.weights[which] for run in found]
-      bins, label = figures.middles(lines[0]["loss_bins"]), lines[0]["epoch"]
-      # A bin counts where every seed has samples in it.
-      weight = np.array([line["mean_weight"] for line in lines], float)
-      for axes, mean, std in zip(row, weight.mean(0), _std(weight), strict=True):
-        figures.band(axes, bins, mean, std, color, f"epoch {label:g}")
-    for k, axes in enumerate(row, 1):
-      axes.set_title(f"{name}, exit {k}", fontsize=8)
-      axes.axhline(1, color=figures.GREY, linewidth=0.8)
-  panels[0, 0].legend(fontsize=7)
-  figure.supxlabel("loss (nats)", fontsize=9)
-  figure.supylabel("sample weight", fontsize=9)
-  return figure
-
-
-def draw_leaving(summary: dict[str, Any]):
-  """Shares of easy and hard test images that leave at each exit, per method."""
-  methods = summary["methods"]
-  columns = min(len(methods), 4)
-  count = math.ceil(len(methods) / columns)
-  figure = figures.new_figure(max(2.4 * columns + 1.2, 5), 2.6 * count + 0.6)
-  panels = figure.subplots(count, columns, sharey=True, squeeze=False).ravel()
-  for axes, (name, found) in zip(panels, methods.items(), strict=False):
-    figures.stack(axes, range(NUM_GROUPS), np.array(found["leaving"]), 0.9)
-    axes.set_title(name)
-    axes.set_xticks([0, NUM_GROUPS - 1], ["easy", "hard"])
-  for axes in panels[len(methods) :]:
-    axes.remove()
-  figure.supylabel("test images leaving (%)", fontsize=9)
-  figures.exit_legend(figure, panels[0])
-  return figure
-
-
-def _std(values: np.ndarray) -> np.ndarray:
-  """Over the first axis; 0 for a single value."""
-  return values.std(axis=0, ddof=min(len(values) - 1, 1))
+  }
+  if summary["differences"]:
+    _, budgeted = at_equal_cost(runs, NUM_POINTS)
+    drawn["gain"] = figures.draw_gain(
+      summary["costs"],
+      macs,
+      {
+        name: budgeted[name] - budgeted[summary["reference"]]
+        for name in summary["differences"]
+      },
+      {name: found["budgeted"] for name, found in summary["differences"].items()},
+      list(runs),
+    )
+  weights = {
+    name: [run.weights[-1] for run in found]
+    for name, found in runs.items()
+    if all(run.weights for run in found)
+  }
+  if weights:
+    drawn["weights"] = figures.draw_weights_compared(weights)
+  leaving = {name: found["leaving"] for name, found in summary["methods"].items()}
+  return drawn | {"leaving": figures.draw_leaving(leaving)}

@@ -1,4 +1,4 @@
-"""Curves of a trained network: anytime and budgeted, with held-out thresholds.
+"""Scores of a trained network, and what results.json says of them.
 
 Every sample of a split is scored exactly once, whatever the batch size and the
 number of devices: the last batch is padded and its padding dropped. Thresholds
@@ -8,54 +8,120 @@ and are applied to the test split.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import math
-import pathlib
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from l2w_jax import models
 from l2w_jax.data import sources
 from l2w_jax.exits import policy as exit_policy
 from l2w_jax.exits import targets as exit_targets
-from l2w_jax.exits import temperature
-from l2w_jax.run import directory, files, parallel
+from l2w_jax.results import summary
+from l2w_jax.run import backend, directory, files, parallel
 from l2w_jax.run.progress import Progress
-from l2w_jax.training import checkpoint, diagnostics
+from l2w_jax.training import checkpoint, diagnostics, identity
 from l2w_jax.training import scores as scores_lib
 from l2w_jax.training.scores import Scores
 
-QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
 SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
+SPLITS = "calibration", "test"
 
 
-def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
-  """Scores the latest checkpoint; writes results.json and two .npz files.
+def evaluate(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
+  """Scores the latest checkpoint; writes results.json and what it follows from.
 
-  samples.npz holds the pictures of the report; scores.npz the confidence
-  (float32 [N K]) and correctness (bool [N K]) of the test split.
+  scores.npz keeps the scores of both splits: where nothing but the target is new,
+  they are read, and no network runs. samples.npz holds the pictures of the report;
+  curves.csv and confusion.csv are for other programs.
 
   Returns:
-    what results.json holds.
+    what results.json holds, to the process that writes it.
 
   Raises:
     ValueError: no checkpoint in the workdir, NaN logits, or a target that no
       thresholds reach.
   """
   began = time.monotonic()
-  target = exit_targets.parse(config.evaluate.target)
-  diagnoses = (
-    directory.read_metrics(workdir)["diagnose"]
-    if config.diagnose.every and parallel.is_writer()
-    else []
+  exit_targets.parse(config.evaluate.target)
+  diagnoses, kept = [], None
+  if parallel.is_writer():
+    if config.diagnose.every:
+      diagnoses = directory.read_metrics(workdir)["diagnose"]
+    kept = _kept(workdir, config)
+  if parallel.from_writer(kept is None):
+    kept = _score(workdir, config)
+  if not parallel.is_writer():
+    return {}
+  about = kept["about"]
+  calibration, test = (_scores(kept, split) for split in SPLITS)
+  exit_targets.check(config.evaluate.target, about["samples"]["calibration"] > 0)
+  results = about | summary.summarize(
+    calibration,
+    test,
+    np.asarray(about["macs"]),
+    about["class_names"],
+    config.evaluate.target,
+    about["calibration"],
+    about["confidence"],
   )
-  dataset = sources.load(config.data)
+  if diagnoses:
+    results["diagnostics"] = diagnostics.summarize(diagnoses)
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    trained = checkpoints.info()
+  results["seconds"] = trained["seconds"] | {"evaluate": time.monotonic() - began}
+  _write_table(workdir / "curves.csv", summary.rows(results))
+  _write_table(
+    workdir / "confusion.csv",
+    summary.confusion_rows(test, results["chosen"], about["class_names"]),
+  )
+  results["config"] = identity.remember(workdir, config)
+  directory.write_results(workdir, results)
+  _say_if_exported(workdir, results)
+  return results
+
+
+def _scores(kept: dict[str, Any], split: str) -> Scores:
+  return Scores(*(kept[f"{split}_{name}"] for name in Scores._fields))
+
+
+def _kept(workdir: files.Path, config: ConfigDict) -> dict[str, Any] | None:
+  """What scores.npz holds, if all that `config` changes is the target."""
+  if not (workdir / "config.json").exists():
+    return None
+  identity.check_config(workdir, config)
+  try:
+    kept, results = directory.read_scores(workdir), directory.read_results(workdir)
+  except ValueError:
+    return None
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    info = checkpoints.info() or {}
+  about, rules = kept["about"], config.evaluate
+  same = (
+    about["checkpoint"] == results["checkpoint"] == info.get("checkpoint")
+    and (about["calibration"], about["confidence"])
+    == (rules.calibration, rules.confidence)
+    and directory.read_config(workdir).data == config.data
+  )
+  return kept if same and rules.target != results["chosen"]["target"] else None
+
+
+def _score(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
+  """Scores both splits; writes scores.npz and samples.npz, and returns the first.
+
+  "about" in it is what results.json says of the network and the images, the same
+  for every target.
+  """
+  dataset, _ = identity.open_data(workdir, config)
+  exit_targets.check(config.evaluate.target, len(dataset.calibration.labels) > 0)
   num_devices = parallel.count_devices(config.num_devices)
   backbone = models.build_backbone(
     config.model, dataset.num_classes, dataset.image_shape
@@ -66,25 +132,20 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   chosen_on = (
     dataset.calibration if len(dataset.calibration.labels) else dataset.train
   )
-  num_calibration = len(chosen_on.labels)
-  total = num_calibration + len(dataset.test.labels)
+  total = len(chosen_on.labels) + len(dataset.test.labels)
   with Progress(
     total, unit="image", label="evaluate", silent=not parallel.is_writer()
   ) as progress:
+    progress.note(backend.describe(num_devices))
     with progress.compiling("the evaluation"):
       score = scores_lib.compile_scorer(
         variables, backbone, dataset, config, num_devices
       )
     calibration = score(variables, chosen_on)
-    progress.update(num_calibration, {})
+    progress.update(len(chosen_on.labels), {})
     test = score(variables, dataset.test)
     progress.update(total, {})
-  thresholds = exit_policy.find_thresholds(
-    calibration.confidence,
-    exit_policy.proportions(QS, backbone.num_exits),
-    calibration=config.evaluate.calibration,
-  )
-  results = {
+  about = {
     "method": config.method,
     "dataset": config.data.source,
     "num_classes": dataset.num_classes,
@@ -99,23 +160,11 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
     "params": int(backbone.params_to_exit[-1]),
     "params_to_exit": backbone.params_to_exit.tolist(),
     "macs": backbone.macs.tolist(),
-    **curves(calibration, test, backbone.macs, thresholds),
     "confidence": config.evaluate.confidence,
-    "chosen": {
-      "target": config.evaluate.target,
-      **operating_point(
-        target,
-        calibration,
-        test,
-        dataset,
-        backbone.macs,
-        config.evaluate.calibration,
-      ),
-    },
-    "temperatures": temperatures(calibration, chosen_on.labels, test),
+    "calibration": config.evaluate.calibration,
+    "temperatures": summary.temperatures(calibration, test),
     "step": int(state.step),
     "epochs": config.epochs,
-    "seconds": {**info["seconds"], "evaluate": time.monotonic() - began},
     "device": {
       "platform": jax.default_backend(),
       "kind": jax.local_devices()[0].device_kind,
@@ -126,16 +175,36 @@ def evaluate(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
       for name in ("l2w_jax", "jax", "flax", "optax", "orbax-checkpoint")
     },
     "complete": bool(info["complete"]),
+    "checkpoint": info["checkpoint"],
+  }
+  arrays = {
+    f"{split}_{name}": array
+    for split, scores in zip(SPLITS, (calibration, test), strict=True)
+    for name, array in scores._asdict().items()
   }
   if parallel.is_writer():
-    if diagnoses:
-      results["diagnostics"] = diagnostics.summarize(diagnoses)
-    _write_samples(workdir, dataset, test, thresholds)
-    files.write_arrays(
-      workdir / "scores.npz", confidence=test.confidence, correct=test.correct
-    )
-    files.write(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-  return results
+    _write_samples(workdir, dataset, calibration, test, backbone.macs, config)
+    files.write_arrays(workdir / "scores.npz", about=json.dumps(about), **arrays)
+  return {"about": about, **arrays}
+
+
+def _write_table(path: files.Path, rows: Iterable[list[Any]]) -> None:
+  text = io.StringIO()
+  csv.writer(text, lineterminator="\n").writerows(rows)
+  files.write(path, text.getvalue())
+
+
+def _say_if_exported(workdir: files.Path, results: dict[str, Any]) -> None:
+  """Warns that an export is of other weights or thresholds than the results."""
+  for folder in (workdir / "export", workdir / "onnx"):
+    exported = directory.read_manifest(folder)
+    if exported is not None and (
+      exported.get("checkpoint"),
+      exported.get("thresholds"),
+    ) != (results["checkpoint"], results["chosen"]["thresholds"]):
+      logging.warning(
+        "%s is of an earlier evaluation; run --mode=export again", folder
+      )
 
 
 def _version(package: str) -> str:
@@ -145,146 +214,26 @@ def _version(package: str) -> str:
     return "not installed"
 
 
-def curves(
-  calibration: Scores, test: Scores, macs: np.ndarray, thresholds: jax.Array
-) -> dict[str, list[dict[str, Any]]]:
-  """The "anytime" and "budgeted" lists of results.json.
-
-  Args:
-    calibration, test: scores of the two splits.
-    macs: [K] multiply-accumulates to each exit.
-    thresholds: [Q K], one row per entry of `QS`.
-  """
-  anytime = exit_policy.anytime(test.correct, macs)
-  anytime_calibration = exit_policy.anytime(calibration.correct, macs)
-  budgeted = exit_policy.budgeted(test.confidence, test.correct, macs, thresholds)
-  budgeted_calibration = exit_policy.budgeted(
-    calibration.confidence, calibration.correct, macs, thresholds
-  )
-  return {
-    "anytime": [
-      {
-        "exit": k + 1,
-        "macs": float(macs[k]),
-        "accuracy": float(anytime[k]),
-        "calibration_accuracy": float(anytime_calibration[k]),
-      }
-      for k in range(len(macs))
-    ],
-    "budgeted": [
-      {
-        "q": q,
-        "thresholds": [_json_number(t) for t in thresholds[i]],
-        "calibration_accuracy": float(budgeted_calibration.accuracy[i]),
-        "calibration_macs": float(budgeted_calibration.macs[i]),
-        "accuracy": float(budgeted.accuracy[i]),
-        "macs": float(budgeted.macs[i]),
-        "exits": [float(f) for f in budgeted.exits[i]],
-      }
-      for i, q in enumerate(QS)
-    ],
-  }
-
-
-def operating_point(
-  target: exit_targets.Target,
+def _write_samples(
+  workdir: files.Path,
+  dataset: sources.Dataset,
   calibration: Scores,
   test: Scores,
-  dataset: sources.Dataset,
   macs: np.ndarray,
-  search: str,
-) -> dict[str, Any]:
-  """The "chosen" entry of results.json: one target, by exit and by class.
-
-  Raises:
-    ValueError: no thresholds reach the target.
-  """
-  choice = exit_targets.choose(
-    target, calibration.confidence, calibration.correct, macs, search
-  )
-  result = exit_policy.budgeted(
-    test.confidence, test.correct, macs, choice.thresholds
-  )
-  table = exit_policy.breakdown(
-    test.confidence,
-    test.correct,
-    dataset.test.labels,
-    choice.thresholds,
-    dataset.num_classes,
-  )
-  by_class = zip(
-    dataset.class_names,
-    table.class_accuracy,
-    table.class_macs(macs),
-    table.left,
-    strict=True,
-  )
-  return {
-    "thresholds": [_json_number(t) for t in choice.thresholds],
-    "calibration_accuracy": choice.accuracy,
-    "calibration_macs": choice.macs,
-    "accuracy": float(result.accuracy),
-    "macs": float(result.macs),
-    "exits": [float(f) for f in result.exits],
-    "exit_accuracy": [_or_none(a) for a in table.exit_accuracy],
-    "classes": [
-      {
-        "class": name,
-        "accuracy": _or_none(accuracy),
-        "macs": _or_none(cost),
-        "left": left.tolist(),
-      }
-      for name, accuracy, cost, left in by_class
-    ],
-  }
-
-
-def temperatures(
-  calibration: Scores, calibration_labels: np.ndarray, test: Scores
-) -> list[dict[str, float]]:
-  """The "temperatures" list of results.json, one entry per exit.
-
-  Fitted on the calibration split; the errors are those of the test split. Both
-  on their first `LOGITS_KEPT` samples.
-  """
-  fitted = temperature.fit(
-    calibration.logits, calibration_labels[: len(calibration.logits)]
-  )
-  before, after = (
-    temperature.calibration_error(
-      temperature.scaled_confidence(test.logits, t),
-      test.correct[: len(test.logits)],
-    )
-    for t in (jnp.ones_like(fitted), fitted)
-  )
-  return [
-    {
-      "exit": k + 1,
-      "temperature": float(t),
-      "ece": float(before[k]),
-      "ece_scaled": float(after[k]),
-      "samples": len(test.logits),
-    }
-    for k, t in enumerate(fitted)
-  ]
-
-
-def _or_none(x) -> float | None:
-  """NaN, which JSON has not, is null: there was no sample."""
-  return None if math.isnan(x) else float(x)
-
-
-def _json_number(x) -> float | str:
-  """JSON has no infinities; they are written as the strings "inf", "-inf"."""
-  x = float(x)
-  return x if math.isfinite(x) else str(x)
-
-
-def _write_samples(workdir, dataset, test, thresholds):
+  config: ConfigDict,
+) -> None:
   """samples.npz: test images with the exit each takes at one budget."""
-  row = thresholds[QS.index(SAMPLES_AT_Q)]
-  exits = np.asarray(exit_policy.exits_taken(test.confidence, row))
-  shown = np.concatenate([np.flatnonzero(exits == k)[:40] for k in range(len(row))])
+  thresholds = exit_targets.for_budgets(
+    calibration.confidence,
+    [SAMPLES_AT_Q],
+    macs,
+    config.evaluate.calibration,
+    config.evaluate.confidence,
+  )[0]
+  exits = np.asarray(exit_policy.exits_taken(test.confidence, thresholds))
+  shown = np.concatenate(
+    [np.flatnonzero(exits == k)[:40] for k in range(len(thresholds))]
+  )
   at_exit = (shown, exits[shown])
   files.write_arrays(
     workdir / "samples.npz",

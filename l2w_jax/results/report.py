@@ -1,4 +1,4 @@
-"""One page of a finished run, and its pictures beside it.
+"""One page of a finished run.
 
 `write_report` reads the files of a run directory and needs neither JAX nor the
 network. Accuracy is a fraction in those files and percent on the page, cost is in
@@ -7,14 +7,16 @@ MACs (multiply-accumulates), exits count from 1 on the page.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
-import pathlib
+import os
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
-from l2w_jax.results import figures, page
+from absl import logging
+
+from l2w_jax.results import drawing, figures, intervals, page
 from l2w_jax.results.page import percent
 from l2w_jax.run import directory, files
 
@@ -26,105 +28,184 @@ ESTIMATOR_COLUMNS = {
   "temporary_bytes": ("temporary MiB", 2**20, ",.1f"),
   "ms": ("ms", 1, ",.1f"),
 }
-MAX_CLASSES = 100  # in the table, the most expensive of more
+CONFIDENCES = {
+  "probability": "largest softmax probability",
+  "margin": "margin (largest less second softmax probability)",
+  "entropy": "confidence (that of a low entropy)",
+}
+MAX_CONFUSED = 8
+MAX_CLASSES = 50  # in the table, the most expensive of more
 
 
-def write_report(workdir: pathlib.Path) -> pathlib.Path:
-  """Writes `report/index.html` and its pictures; returns the page's path.
+def write_report(
+  workdir: str | os.PathLike, figure_format: str | None = None
+) -> files.Path:
+  """Writes `report/index.html`, one file with its pictures; returns its path.
+
+  Args:
+    workdir: an evaluated run.
+    figure_format: of `drawing.FORMATS`, to write the pictures into
+      `report/figures/`, too.
 
   Raises:
     ValueError: an input is missing or cannot be read; it names the file and the
       mode that writes it.
   """
-  workdir = pathlib.Path(workdir)
-  config = directory.config_values(workdir)
-  metrics = directory.read_metrics(workdir)
+  workdir = files.path(workdir)
   results = directory.read_results(workdir)
-  samples = directory.read_samples(workdir)
-  latency = directory.read_latency(workdir)
   num_exits = len(results["macs"])
-  weights, diagnoses = metrics["weights"], metrics["diagnose"]
-  figures.write_pictures(
-    workdir / "report",
-    {
-      "curves.png": (figures.draw_curves, results),
-      "exits.png": (figures.draw_exits, results),
-      "samples.png": (figures.draw_samples, samples, num_exits),
-      "training.png": (figures.draw_training, metrics, num_exits),
-      "weights.png": weights and (figures.draw_weights, weights),
-      "diagnostics.png": diagnoses and (figures.draw_diagnostics, diagnoses),
-      "latency.png": latency and (figures.draw_latency, latency),
-    },
-  )
-  written = workdir / "report" / "index.html"
-  body = _body(config, results, float(samples["q"]), weights, latency, diagnoses)
-  title = f"{results['dataset']}, {results['method']}"
-  files.write(written, page.render(title, body))
-  return written
+  metrics = directory.read_metrics(workdir, num_exits)
+  samples = directory.read_samples(workdir)
+  latency = _latency_of(workdir, results)
+  drawn = {
+    "curves": figures.draw_curves(results),
+    "samples": figures.draw_samples(samples, num_exits),
+  }
+  if any(sum(entry["left"]) for entry in results["chosen"]["classes"]):
+    drawn["classes"] = figures.draw_classes(results)
+  if all(entry["reliability"] for entry in results["temperatures"]):
+    drawn["reliability"] = figures.draw_reliability(results)
+  if metrics["train"] or metrics["evaluate"]:
+    drawn["training"] = figures.draw_training(metrics, num_exits)
+  if metrics["weights"]:
+    drawn["weights"] = figures.draw_weights(metrics["weights"])
+  if metrics["diagnose"]:
+    drawn["diagnostics"] = figures.draw_diagnostics(metrics["diagnose"])
+  if latency:
+    drawn["latency"] = figures.draw_latency(latency)
+  context = _context(results, samples, metrics, latency)
+  csv = workdir / "curves.csv"
+  if csv.exists():
+    encoded = base64.b64encode(csv.read_bytes()).decode()
+    context["csv"] = f"data:text/csv;base64,{encoded}"
+  html = page.render("report.html", drawn, **context)
+  folder = workdir / "report"
+  files.make_folder(folder)
+  files.write(folder / "index.html", html)
+  if figure_format:
+    drawing.save(folder / "figures", drawn, figure_format)
+  return folder / "index.html"
 
 
-def _body(config, results, q, weights, latency, diagnoses) -> str:
-  """The page's HTML below its title; `q` is that of the sample pictures."""
-  count = results["samples"]
-  unfinished = (
-    ""
-    if results["complete"]
-    else f", evaluated in mid-training after step {results['step']:,}"
-  )
-  curves = page.picture(
-    "curves.png",
-    "Anytime prediction stops every image at the same exit. "
-    "Budgeted classification lets each image leave at the first exit that is "
-    "confident enough; q sets how many are meant to leave where.",
-  )
-  exits = page.picture(
-    "exits.png", f"Thresholds were chosen on the {_chosen_on(results)} split."
-  )
-  pictured = page.picture(
-    "samples.png",
-    "The first test images to leave at either end at "
-    f"q = {q:g}. A wrong prediction is red: label → prediction.",
-  )
-  training = page.picture(
-    "training.png",
-    "Losses of the training batches, and accuracy of each exit "
-    "on the calibration split.",
-  )
-  settings = json.dumps(
-    {"config": config}
-    | {name: results[name] for name in ("step", "seconds", "device", "versions")},
-    indent=2,
-    ensure_ascii=False,
-  )
-  train, calibration = count["train"], count["calibration"]
-  return f"""<p>{train:,} training, {calibration:,} calibration and
-{count["test"]:,} test images; one test image is
-{100 / max(count["test"], 1):.2g} points. One run{unfinished}. All numbers:
-<a href="../results.json">results.json</a>.</p>
-{_cards(results)}
-<h2>Accuracy against cost</h2>
-{curves}
-<h3>Anytime</h3>
-{_anytime_table(results)}
-<h3>Budgeted</h3>
-{_budgeted_table(results)}
-<h2>Where images leave</h2>
-{exits}
-{pictured}
-{_chosen_section(results)}
-{_latency_section(latency)}
-<h2>Weights against loss</h2>
-{_weights(weights, results["method"])}
-{_diagnostics_section(diagnoses)}
-<h2>Training</h2>
-{training}
-<h2>Settings and versions</h2>
-<pre>{escape(settings)}</pre>"""
+def _latency_of(workdir: files.Path, results: dict) -> dict | None:
+  """latency.json, unless it is of another evaluation."""
+  latency = directory.read_latency(workdir)
+  of = results["checkpoint"], results["chosen"]["target"], results["confidence"]
+  if latency and of != tuple(
+    latency[x] for x in ("checkpoint", "target", "confidence")
+  ):
+    logging.warning(
+      "latency.json in %s is of another evaluation and left out; run "
+      "--mode=latency again",
+      workdir,
+    )
+    return None
+  return latency
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-  """A table of {head of the column: cell} in each row."""
-  return page.table(list(rows[0]), [list(row.values()) for row in rows])
+def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
+  """What the template says in words and tables."""
+  chosen, lines = results["chosen"], metrics["diagnose"]
+  warnings = [chosen["note"]] if chosen["note"] else []
+  if not results["complete"]:
+    warnings.append(f"Evaluated in mid-training, after step {results['step']:,}.")
+  settings = {
+    name: results[name]
+    for name in ("config", "step", "seconds", "device", "versions")
+  }
+  seen = len([entry for entry in chosen["classes"] if sum(entry["left"])])
+  return {
+    "title": f"{results['dataset']}, {results['method']}",
+    "sentence": sentence(results),
+    "warnings": warnings,
+    "confidence": CONFIDENCES.get(results["confidence"], results["confidence"]),
+    "point_name": drawing.point_of(results["budgeted"][0])[0],
+    "calibration_words": _calibration_words(results["samples"]),
+    "data_line": _data_line(results),
+    "target": figures.target_words(chosen["target"]),
+    "anytime": _anytime_table(results),
+    "budgeted": _budgeted_table(results),
+    "csv": "",
+    "chosen_line": _chosen_line(results),
+    "by_exit": _by_exit(results),
+    "by_class": _by_class(results),
+    "classes_left_out": (
+      f"; of {seen:,} classes {figures.MAX_CLASSES}, from either end"
+      if seen > figures.MAX_CLASSES
+      else ""
+    ),
+    "table_left_out": (
+      f", the {MAX_CLASSES} most expensive" if seen > MAX_CLASSES else ""
+    ),
+    "confused": (
+      ["class", "answered as", "images"],
+      [
+        [entry["class"], entry["as"], entry["images"]]
+        for entry in chosen["confused"][:MAX_CONFUSED]
+      ],
+    ),
+    "temperatures": _temperatures(results),
+    "error_line": _error_line(results),
+    "latency": latency and _latency_table(latency, results["macs"][-1]),
+    "latency_gist": latency
+    and f"{latency['device']['kind']} ({latency['device']['platform']})",
+    "samples_q": f"{float(samples['q']):g}",
+    "estimators": lines and estimators(lines),
+    "training_gist": f"{results['step']:,} steps",
+    "no_weights": (
+      "Method uniform weighs every sample alike, so there are no weights to show."
+      if results["method"] == "uniform"
+      else "metrics.jsonl holds no line of kind weights to show."
+    ),
+    "settings": json.dumps(settings, indent=2, ensure_ascii=False),
+  }
+
+
+def sentence(results: dict) -> str:
+  """The run in one sentence: cost and accuracy of the deployed point."""
+  chosen, last = results["chosen"], results["anytime"][-1]
+  low, high = intervals.of_accuracy(chosen["accuracy"], results["samples"]["test"])
+  return (
+    f"At {figures.target_words(chosen['target'])}: "
+    f"{100 * chosen['macs'] / last['macs']:.0f} % of the cost, accuracy "
+    f"{percent(chosen['accuracy'], 1)} [{100 * low:.1f}, {100 * high:.1f}]; full "
+    f"network {percent(last['accuracy'], 1)}."
+  )
+
+
+def _chosen_on(results: dict) -> str:
+  """Split the thresholds come from: train, as released, if none was held out."""
+  return "calibration" if results["samples"]["calibration"] else "train"
+
+
+def _calibration_words(count: dict) -> str:
+  if not count["calibration"]:
+    return (
+      "No images were held out of training: thresholds were chosen on the train "
+      "split, as released, where the network is surer than it should be. Accuracy "
+      "is that of the test images."
+    )
+  return (
+    f"{count['calibration']:,} images held out of training, on which the "
+    f"thresholds were chosen. Accuracy is that of {count['test']:,} test images."
+  )
+
+
+def _data_line(results: dict) -> str:
+  count, device = results["samples"], results["device"]
+  return (
+    f"{count['train']:,} training, {count['calibration']:,} calibration and "
+    f"{count['test']:,} test images; one test image is "
+    f"{100 / max(count['test'], 1):.2g} points. {results['params']:,} parameters. "
+    f"{results['step']:,} steps on {device['count']} × {device['kind']} "
+    f"({device['platform']}) took {results['seconds']['train']:,.0f} s. One run."
+  )
+
+
+def _table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+  """(head, rows) of {head of the column: cell} in each row."""
+  head = list(rows[0]) if rows else []
+  return head, [list(row.values()) for row in rows]
 
 
 def _join(cells) -> str:
@@ -138,48 +219,32 @@ def _threshold(value: float | str | None) -> str:
   return f"{value:.3f}" if math.isfinite(value) else "∞" if value > 0 else "−∞"
 
 
-def _chosen_on(results: dict) -> str:
-  """Split the thresholds come from: train, as released, if none was held out."""
-  return "calibration" if results["samples"]["calibration"] else "train"
-
-
-def _cards(results: dict) -> str:
-  """The headline numbers; q = 1 is shown as all exits are used alike there."""
-  first, last = results["anytime"][0], results["anytime"][-1]
-  middle = min(results["budgeted"], key=lambda entry: abs(entry["q"] - 1))
-  device, seconds = results["device"], results["seconds"]["train"]
-
-  def cost(entry: dict) -> str:
-    return f"at {percent(entry['macs'] / last['macs'], 0)} of the cost"
-
-  cards = {
-    "test accuracy at the last exit": percent(last["accuracy"]),
-    f"at the first exit, {cost(first)}": percent(first["accuracy"]),
-    f"with early exits at q = {middle['q']:g}, {cost(middle)}": percent(
-      middle["accuracy"]
-    ),
-    "parameters": f"{results['params']:,}",
-    f"training, {results['step']:,} steps on {device['count']} × "
-    f"{device['kind']} ({device['platform']})": f"{seconds:,.0f} s",
+def _cost(results: dict, macs: float | None) -> dict[str, str]:
+  """Two cells: a cost in a unit that suits the run, and as part of the whole."""
+  scale, unit = drawing.cost_scale(results["macs"])
+  if macs is None:
+    return {unit: "–", "cost": "–"}
+  return {
+    unit: f"{macs / scale:.3f}",
+    "cost": percent(macs / results["macs"][-1], 1),
   }
-  boxes = "".join(
-    f"<div><b>{escape(number)}</b>{escape(text)}</div>"
-    for text, number in cards.items()
-  )
-  return f'<div class="cards">{boxes}</div>'
 
 
-def _anytime_table(results: dict) -> str:
-  scale, unit = figures.cost_scale(results["macs"])
+def _accuracy(entry: dict) -> dict[str, str]:
+  """Cells of the accuracies that a point has."""
+  found = {"test accuracy": percent(entry["accuracy"])}
+  if "top5_accuracy" in entry:
+    found["top-5"] = percent(entry["top5_accuracy"])
+  return found | {"on calibration": percent(entry["calibration_accuracy"])}
+
+
+def _anytime_table(results: dict):
   return _table(
     [
-      {
-        "exit": entry["exit"],
-        unit: f"{entry['macs'] / scale:.3f}",
-        "parameters to here": f"{params:,}",
-        "calibration accuracy": percent(entry["calibration_accuracy"]),
-        "test accuracy": percent(entry["accuracy"]),
-      }
+      {"exit": entry["exit"]}
+      | _cost(results, entry["macs"])
+      | {"parameters to here": f"{params:,}"}
+      | _accuracy(entry)
       for entry, params in zip(
         results["anytime"], results["params_to_exit"], strict=True
       )
@@ -187,134 +252,135 @@ def _anytime_table(results: dict) -> str:
   )
 
 
-def _budgeted_table(results: dict) -> str:
-  scale, unit = figures.cost_scale(results["macs"])
+def _budgeted_table(results: dict):
+  # Of q = 1/20, 2/20, ..., every fifth: 0.25, 0.5, ...
+  entries = results["budgeted"][4::5] or results["budgeted"]
   return _table(
     [
-      {
-        "q": f"{entry['q']:g}",
-        f"mean {unit}": f"{entry['macs'] / scale:.3f}",
-        "calibration accuracy": percent(entry["calibration_accuracy"]),
-        "test accuracy": percent(entry["accuracy"]),
+      {drawing.point_of(entry)[0]: f"{drawing.point_of(entry)[1]:g}"}
+      | _cost(results, entry["macs"])
+      | _accuracy(entry)
+      | {
         "leaving at each exit (%)": _join(
           f"{100 * share:.0f}" for share in entry["exits"]
         ),
-        "confidence to leave at each exit": _join(
-          map(_threshold, entry["thresholds"])
-        ),
+        "thresholds": _join(map(_threshold, entry["thresholds"])),
       }
-      # Of q = 1/20, 2/20, ..., every fifth: 0.25, 0.5, ...
-      for entry in results["budgeted"][4::5] or results["budgeted"]
+      for entry in entries
     ]
   )
 
 
-def _chosen_section(results: dict) -> str:
-  """The chosen operating point, by exit and by class, and calibration."""
-  scale, unit = figures.cost_scale(results["macs"])
+def _chosen_line(results: dict) -> str:
+  chosen, full = results["chosen"], results["macs"][-1]
+  top5 = (
+    f" (top-5 {percent(chosen['top5_accuracy'])})"
+    if "top5_accuracy" in chosen
+    else ""
+  )
+  return (
+    f"Test accuracy {percent(chosen['accuracy'])}{top5} at "
+    f"{percent(chosen['macs'] / full, 1)} of the cost; on the "
+    f"{_chosen_on(results)} split, where the thresholds were chosen, "
+    f"{percent(chosen['calibration_accuracy'])} at "
+    f"{percent(chosen['calibration_macs'] / full, 1)}."
+  )
+
+
+def _by_exit(results: dict):
   chosen = results["chosen"]
-  by_exit = _table(
+  return _table(
     [
       {
-        "exit": entry["exit"],
-        "leaving (%)": f"{100 * share:.1f}",
+        "exit": k,
+        "leaving": percent(share, 1),
         "their accuracy": percent(accuracy),
-        "temperature": f"{entry['temperature']:.2f}",
-        "calibration error": percent(entry["ece"]),
-        "after scaling": percent(entry["ece_scaled"]),
+        "threshold": _threshold(threshold),
       }
-      for share, accuracy, entry in zip(
-        chosen["exits"],
-        chosen["exit_accuracy"],
-        results["temperatures"],
-        strict=True,
+      for k, (share, accuracy, threshold) in enumerate(
+        zip(
+          chosen["exits"],
+          chosen["exit_accuracy"],
+          chosen["thresholds"],
+          strict=True,
+        ),
+        1,
       )
     ]
   )
+
+
+def _by_class(results: dict):
   classes = sorted(
-    (entry for entry in chosen["classes"] if sum(entry["left"])),
+    (entry for entry in results["chosen"]["classes"] if sum(entry["left"])),
     key=lambda entry: -entry["macs"],
   )
-  by_class = _table(
+  return _table(
     [
-      {
-        "class": entry["class"],
-        "accuracy": percent(entry["accuracy"]),
-        f"mean {unit}": f"{entry['macs'] / scale:.3f}",
-        "images leaving at each exit": _join(map(str, entry["left"])),
-      }
+      {"class": entry["class"], "accuracy": percent(entry["accuracy"])}
+      | {"mean cost": _cost(results, entry["macs"])["cost"]}
+      | {"images leaving at each exit": _join(map(str, entry["left"]))}
       for entry in classes[:MAX_CLASSES]
     ]
   )
-  return f"""<h2>Early exits at {escape(chosen["target"])}</h2>
-<p>Test accuracy {percent(chosen["accuracy"])} at
-{chosen["macs"] / scale:.3f} {unit}; {percent(chosen["calibration_accuracy"])}
-at {chosen["calibration_macs"] / scale:.3f} on the {_chosen_on(results)} split,
-where the thresholds were chosen. Confidence is {escape(results["confidence"])};
-temperatures are fitted on that split and judged on the test split, and change no
-exit.</p>
-{by_exit}
-<details><summary>By class, the most expensive first</summary>
-{by_class}</details>"""
 
 
-def _latency_section(latency: dict | None) -> str:
-  if latency is None:
-    return ""
-  device = latency["device"]
-  rows = _table(
+def _temperatures(results: dict):
+  found = []
+  for entry in results["temperatures"]:
+    row = {"exit": entry["exit"], "temperature": f"{entry['temperature']:.2f}"}
+    if entry["ece_calibrated"] is not None:
+      row |= {
+        "calibration error": percent(entry["ece"]),
+        "after scaling": percent(entry["ece_scaled"]),
+        "if calibrated perfectly": percent(entry["ece_calibrated"])
+        + f", up to {percent(entry['ece_calibrated_high'])}",
+      }
+    found.append(row)
+  return _table(found)
+
+
+def _error_line(results: dict) -> str:
+  entry = results["temperatures"][0]
+  split = _chosen_on(results)
+  fitted = f"Temperatures are fitted on the {split} split and change no exit."
+  if entry["ece_calibrated"] is None:
+    return (
+      f"{fitted} A calibration error is not shown: on {entry['samples']:,} test "
+      "images even a network that is calibrated perfectly has a large one."
+    )
+  return (
+    f"{fitted} Calibration error: mean distance of accuracy and confidence over 15 "
+    f"bins of {entry['samples']:,} test images; so few images have one even where "
+    "confidence is the probability of being right (last column, and 97.5 % of "
+    "draws)."
+  )
+
+
+def _latency_table(latency: dict, full: float):
+  return _table(
     [
       {
-        "batch": row["batch"],
+        "point": figures.point_words(row),
+        "batch": f"{row['batch']:,}",
         "run": figures.way(row),
-        "point": row["point"],
-        "calls": row["calls"],
-        "million MACs": f"{row['macs'] / 1e6:.3f}",
-        "p50 (ms)": f"{row['p50_ms']:.3f}",
-        "p95 (ms)": f"{row['p95_ms']:.3f}",
+        "cost": percent(row["macs"] / full, 1),
+        "median of a call (ms)": _with_interval(row, "ms", ".3f"),
         "images/s": f"{row['images_per_second']:,.0f}",
-        "times as fast": f"{row['speedup']:.2f}",
+        "times as fast": _with_interval(row, "speedup", ".2f"),
         "by MACs": f"{row['speedup_by_macs']:.2f}",
+        "calls": f"{row['calls']:,}",
       }
       for row in latency["rows"]
     ]
   )
-  drawn = page.picture(
-    "latency.png",
-    "Measured on the test images, against what the simulated mean MACs promise.",
+
+
+def _with_interval(row: dict, name: str, form: str) -> str:
+  middle, low, high = (
+    f"{row[key]:{form}}" for key in (name, f"{name}_low", f"{name}_high")
   )
-  return (
-    f"<h2>Latency</h2>\n<p>On {escape(device['kind'])} "
-    f"({escape(device['platform'])}), after step {latency['step']:,}; "
-    f"times are of whole calls.</p>\n{drawn}\n{rows}"
-  )
-
-
-def _weights(lines: list[dict], method: str) -> str:
-  if lines:
-    return page.picture(
-      "weights.png",
-      "Mean weight of the training samples in each loss bin. "
-      "The last bin also holds all larger losses. The grey line is weight 1, "
-      "plain training.",
-    )
-  if method == "uniform":
-    return (
-      "<p>Method uniform weighs every sample alike, so there are no "
-      "weights to show.</p>"
-    )
-  return "<p>metrics.jsonl holds no line of kind weights to show.</p>"
-
-
-def _diagnostics_section(lines: list[dict]) -> str:
-  if not lines:
-    return ""
-  shown = page.picture(
-    "diagnostics.png",
-    "One train half and the same meta halves throughout. "
-    "Signal to noise below 0: less signal than noise of its own size explains.",
-  )
-  return f"<h2>Meta-gradient</h2>\n{shown}\n{page.table(*estimators(lines))}"
+  return f"{middle} [{low}, {high}]"
 
 
 def estimators(lines: Sequence[dict]) -> tuple[list[str], list[list[str]]]:

@@ -1,24 +1,27 @@
 """What every command line shares: a config flag, and one line for a mistake.
 
 A mistyped flag or key, an unreadable config file and any ValueError of the
-command itself end in one line on standard error and exit code 2.
-`--verbosity=1` shows where the error was raised.
+command itself end in one line on standard error and exit code 2, what the
+operating system refuses in one with the path and exit code 1. `--verbosity=1`
+shows where the error was raised.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from l2w_jax import config as config_lib
+from l2w_jax.run import files, os_errors, stopping
 
 FLAGS = flags.FLAGS
 # `--help` lists a flag with the module that had it defined here.
@@ -35,7 +38,8 @@ def define_config(explanation: str) -> None:
     "config",
     None,
     f"Config file, FILE.py or FILE.py:ARGUMENT. "
-    f"--config.KEY=VALUE overrides a key. {explanation}",
+    f"--config.KEY=VALUE overrides a key, of the config in --workdir where there "
+    f"is no --config. {explanation}",
     lock_config=True,
   )
 
@@ -43,15 +47,58 @@ def define_config(explanation: str) -> None:
 def run(main: Callable[[list[str]], None]) -> NoReturn:
   """Parses the flags and calls `main` with the arguments that are none."""
   use_huge_pages()
+  stopping.install()
   logging.set_verbosity(logging.WARNING)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      # A name that the stream's encoding has not is escaped, as in é of ASCII.
+      stream.reconfigure(errors="backslashreplace")
 
   def guarded(argv: list[str]) -> None:
-    try:
+    with one_line_errors():
       main(argv[1:])
-    except ValueError as error:
-      _fail(error)
 
   app.run(guarded, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+  """What is raised inside ends the process: in one line, and exit code 2 or 1."""
+  # Orbax logs what it raises, in as many tracebacks as it has threads.
+  logging.get_absl_logger().addFilter(
+    lambda record: not record.exc_info or "orbax" not in record.pathname
+  )
+  # And writes that fail, or end, after another one did find nobody that waits.
+  logging.get_absl_logger().manager.getLogger("asyncio").disabled = True
+  sys.unraisablehook = _tell_unraisable
+  try:
+    yield
+  except ValueError as error:
+    _fail(error)
+  except OSError as error:
+    if error.filename is None and not _can_print(error):
+      error.filename = "standard output"
+    _fail(error, code=1)
+  except MemoryError as error:
+    _fail(error, "not enough memory: ", code=1)
+
+
+def _tell_unraisable(found) -> None:
+  if str(found.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(found)
+
+
+def _can_print(error: OSError) -> bool:
+  """False, and from now on silence, where it is standard output that failed."""
+  try:
+    if not isinstance(error, BrokenPipeError):
+      print(end="", flush=True)  # fails again with what could not be written
+      return True
+  except OSError:
+    pass
+  # Python writes what is left when it ends, and would complain of that.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+  return False
 
 
 def use_huge_pages() -> None:
@@ -64,6 +111,7 @@ def use_huge_pages() -> None:
   """
   if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    stopping.block()  # or they would come to a Python that only starts
     with contextlib.suppress(OSError):
       os.execv(sys.executable, sys.orig_argv)
 
@@ -74,7 +122,7 @@ def _parse(argv: list[str]) -> list[str]:
       override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
       if override is not None:
         config_lib.check_key(override[1])
-    arguments = FLAGS(argv)
+    arguments = FLAGS(_with_config(argv))
     if "config" in FLAGS and FLAGS.config is not None:
       FLAGS.config.keys()  # raises now if the file could not be read
     return arguments
@@ -86,13 +134,33 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(error)
 
 
-def _fail(error: Exception, prefix: str = "") -> NoReturn:
+def _with_config(argv: list[str]) -> list[str]:
+  """With the config of --workdir, where only keys of a config are given."""
+  flag = re.compile(r"--?(config|workdir|(?:no)?config\..+?)(?:=(.*))?$", re.DOTALL)
+  given = {}
+  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    if found := flag.match(argument):
+      given[found[1]] = following if found[2] is None else found[2]
+  workdir = given.pop("workdir", "")
+  if not given or "config" in given or not workdir:
+    return argv
+  if not (files.path(workdir) / "config.json").exists():
+    return argv
+  from l2w_jax.run import config_of_run
+
+  return [argv[0], f"--config={config_of_run.__file__}:{workdir}", *argv[1:]]
+
+
+def _fail(error: Exception, prefix: str = "", code: int = 2) -> NoReturn:
   logging.debug("where it was raised (--verbosity=1):", exc_info=error)
-  print(f"error: {prefix}{_one_line(error)}", file=sys.stderr)
-  sys.exit(2)
+  with contextlib.suppress(OSError):
+    print(f"error: {prefix}{_one_line(error)}", file=sys.stderr)
+  sys.exit(code)
 
 
 def _one_line(error: Exception) -> str:
+  if isinstance(error, OSError) and error.errno is not None:
+    return os_errors.explain(error)
   message = str(error)
   if isinstance(error, (AttributeError, KeyError)):
     # The name of a key comes in quotes, and with every other key and value.

@@ -6,8 +6,11 @@ it is imported into alone.
 
 from __future__ import annotations
 
+import glob
 import os
 import pathlib
+import re
+import warnings
 
 import jax
 
@@ -32,11 +35,35 @@ def enable() -> pathlib.Path | None:
     jax.config.jax_compilation_cache_dir
   ):
     chosen = jax.config.jax_compilation_cache_dir
-    return pathlib.Path(chosen) if chosen else None
+    if not chosen:
+      return None
+    replace_damaged(pathlib.Path(chosen))
+    return pathlib.Path(chosen)
   folder = user_folder() / "jax"
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:
     return None
   jax.config.update("jax_compilation_cache_dir", str(folder))
+  replace_damaged(folder)
   return folder
+
+
+def replace_damaged(folder: pathlib.Path) -> None:
+  """From now on an entry that JAX cannot read is deleted, and written again.
+
+  JAX only warns of one, compiles, and leaves the file as it is for ever. It names
+  the program, so all entries of that name go.
+  """
+  damaged = "Error reading persistent compilation cache entry for '(.+?)'"
+  warnings.filterwarnings("always", damaged)
+  show = warnings.showwarning
+
+  def delete(message, *others, **more):
+    found = re.match(damaged, str(message))
+    if found is None:
+      return show(message, *others, **more)
+    for path in folder.glob(f"{glob.escape(found[1])}-*"):
+      path.unlink(missing_ok=True)
+
+  warnings.showwarning = delete

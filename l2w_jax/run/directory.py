@@ -1,102 +1,228 @@
 """The files of a run directory, each with one reader.
 
 config.json, metrics.jsonl, results.json, scores.npz, samples.npz, latency.json.
-What cannot be read ends in one ValueError that names the file, what is wrong with
-it, and the mode that writes it. Accuracy is a fraction in these files, cost in
+What cannot be used ends in one ValueError that names the file, what is wrong with
+it, and what writes it again; of metrics.jsonl, which nothing writes again, damaged
+lines are left out with a warning. Accuracy is a fraction in these files, cost in
 multiply-accumulates (MACs), losses in nats.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import json
-import pathlib
 import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
-from l2w_jax.run import files
+from l2w_jax.run import files, schema
+from l2w_jax.run.schema import (
+  COUNT,
+  FLAG,
+  KEYS,
+  NUMBER,
+  POSITIVE,
+  TEXT,
+  Array,
+  Every,
+  Is,
+  Many,
+  Maybe,
+  Size,
+)
 
-# Keys that may change when a run is resumed; all others shape its result (and the
-# devices of sync="local", see `check_same_run`).
-FREE_KEYS = (
-  "evaluate",
-  "log",
-  "checkpoint",
-  "diagnose",
-  "num_devices",
-  "data.data_dir",
-  "model.remat",
+# What the files must hold, see `schema`; each may hold more.
+_PER_EXIT = Many(NUMBER, "exits")
+# An exit nobody is to leave at has no threshold or an infinite one.
+_THRESHOLDS = Many(
+  Maybe(
+    Is(
+      "a number, or inf in quotes",
+      lambda x: NUMBER.test(x) or x in ("inf", "-inf", "nan"),
+    )
+  ),
+  "exits",
+)
+RESULTS_SHAPE = {
+  **dict.fromkeys(
+    ("method", "dataset", "confidence", "calibration", "checkpoint", "digest"), TEXT
+  ),
+  **dict.fromkeys(("macs", "params_to_exit"), Many(POSITIVE, "exits")),
+  "num_classes": Size("classes"),
+  "class_names": Many(TEXT, "classes"),
+  "image_shape": Is(
+    "height, width and channels",
+    lambda x: isinstance(x, list) and len(x) == 3 and all(map(COUNT.test, x)),
+  ),
+  "mean": Many(NUMBER, "channels"),
+  "std": Many(POSITIVE, "channels"),
+  "params": COUNT,
+  "step": COUNT,
+  "complete": FLAG,
+  "versions": KEYS,
+  "config": KEYS,
+  "samples": dict.fromkeys(("train", "calibration", "test"), COUNT),
+  "seconds": {"train": NUMBER},
+  "device": {"platform": TEXT, "kind": TEXT, "count": COUNT},
+  "anytime": Many(
+    dict.fromkeys(("exit", "macs", "accuracy", "calibration_accuracy"), NUMBER),
+    "exits",
+  ),
+  "budgeted": Many(
+    dict.fromkeys(
+      ("q?", "patience?", "top5_accuracy?", "calibration_accuracy")
+      + ("calibration_macs", "accuracy", "macs"),
+      NUMBER,
+    )
+    | {"thresholds": _THRESHOLDS, "exits": _PER_EXIT},
+    "budgets",
+  ),
+  "chosen": {
+    "target": TEXT,
+    "note": TEXT,
+    "top5_accuracy?": NUMBER,
+    **dict.fromkeys(
+      ("calibration_accuracy", "calibration_macs", "accuracy", "macs"), NUMBER
+    ),
+    "thresholds": _THRESHOLDS,
+    "exits": _PER_EXIT,
+    "exit_accuracy": Many(Maybe(NUMBER), "exits"),
+    "classes": Many(
+      {
+        "class": TEXT,
+        "accuracy": Maybe(NUMBER),
+        "macs": Maybe(NUMBER),
+        "left": Many(COUNT, "exits"),
+      },
+      "classes",
+    ),
+    "confused": Many({"class": TEXT, "as": TEXT, "images": COUNT}, ""),
+  },
+  "temperatures": Many(
+    dict.fromkeys(("exit", "temperature", "ece", "ece_scaled"), NUMBER)
+    | dict.fromkeys(("ece_calibrated", "ece_calibrated_high"), Maybe(NUMBER))
+    | {
+      "samples": COUNT,
+      "reliability": Many(
+        dict.fromkeys(("confidence", "accuracy", "samples"), NUMBER), ""
+      ),
+    },
+    "exits",
+  ),
+}
+LATENCY_SHAPE = {
+  "step": COUNT,
+  **dict.fromkeys(("checkpoint", "target", "confidence"), TEXT),
+  "device": {"platform": TEXT, "kind": TEXT},
+  "rows": Many(
+    {
+      **dict.fromkeys(("kind", "point", "decides?"), TEXT),
+      **dict.fromkeys(("batch", "calls", "rounds", "call?"), COUNT),
+      "p95_ms": Maybe(NUMBER),
+    }
+    | dict.fromkeys(
+      (
+        *("macs", "ms", "ms_low", "ms_high", "images_per_second"),
+        *("speedup", "speedup_low", "speedup_high", "speedup_by_macs"),
+      ),
+      POSITIVE,
+    ),
+    "rows",
+  ),
+}
+_LINE = {"step": COUNT, "epoch": NUMBER}
+_BY_BIN = Many(Many(Maybe(NUMBER), "bins"), "exits")
+METRIC_SHAPES = {
+  "train": _LINE | {"train_loss?": Maybe(NUMBER), "meta_loss?": Maybe(NUMBER)},
+  "evaluate": _LINE | {"accuracy": _PER_EXIT},
+  "weights": _LINE
+  | {"loss_bins": Many(NUMBER, "bins+1"), "mean_weight": _BY_BIN}
+  | {"std_weight?": _BY_BIN, "count?": Many(Many(COUNT, "bins"), "exits")},
+  "diagnose": _LINE
+  | {
+    **dict.fromkeys(("meta_loss?", "variance?", "signal_to_noise?"), Maybe(NUMBER)),
+    "signal_to_noise_by_exit": Many(Maybe(NUMBER), "exits"),
+    "estimators": Every(
+      dict.fromkeys(
+        ("cosine", "relative_error", "ms", "flops", "temporary_bytes"),
+        Maybe(NUMBER),
+      )
+    ),
+    "easy_weight": Many(Maybe(NUMBER), "exits"),
+    "hard_weight": Many(Maybe(NUMBER), "exits"),
+    "confidence_bins": Many(NUMBER, "bins+1"),
+    "weight_by_confidence": _BY_BIN,
+  },
+}
+_KINDS = "one of " + ", ".join(METRIC_SHAPES)
+SAMPLES_SHAPE = {
+  "class_names": Array("U", "classes"),
+  "images": Array("u", "samples height width channels"),
+  "labels": Array("iu", "samples", below="classes"),
+  "predictions": Array("iu", "samples", below="classes"),
+  "exits": Array("iu", "samples"),
+  "confidence": Array("f", "samples"),
+  "q": Array("f", ""),
+}
+SCORES_SHAPE = {"about": Array("U", "")} | {
+  f"{split}_{name}": shape
+  for split in ("calibration", "test")
+  for name, shape in {
+    "logits": Array("f", f"{split}_kept exits classes"),
+    "label": Array("iu", f"{split}_images", below="classes"),
+    "prediction": Array("iu", f"{split}_images exits", below="classes"),
+    "confidence": Array("f", f"{split}_images exits"),
+    "top5": Array("b", f"{split}_images exits"),
+  }.items()
+}
+# What results.json says whatever the target, which scores.npz keeps.
+ABOUT = (
+  *(
+    "method",
+    "dataset",
+    "num_classes",
+    "image_shape",
+    "class_names",
+    "mean",
+    "std",
+  ),
+  *("samples", "params", "params_to_exit", "macs", "confidence", "calibration"),
+  *("temperatures", "step", "device", "versions", "complete", "checkpoint"),
 )
 
 
-def _keys(names: str) -> dict[str, None]:
-  return dict.fromkeys(names.split())
-
-
-# What the inputs must hold: {name: what is inside it, if that is looked at}; a
-# list stands for any number of entries of one shape.
-RESULTS_SHAPE = _keys(
-  "method dataset num_classes image_shape class_names mean std params"
-  " params_to_exit macs confidence step versions complete"
-) | {
-  "samples": _keys("train calibration test"),
-  "seconds": _keys("train"),
-  "device": _keys("platform kind count"),
-  "anytime": [_keys("exit macs accuracy calibration_accuracy")],
-  "budgeted": [_keys("q thresholds calibration_accuracy accuracy macs exits")],
-  "chosen": _keys(
-    "target thresholds calibration_accuracy calibration_macs accuracy macs exits"
-    " exit_accuracy"
-  )
-  | {"classes": [_keys("class accuracy macs left")]},
-  "temperatures": [_keys("exit temperature ece ece_scaled")],
-}
-LATENCY_SHAPE = {
-  "step": None,
-  "device": _keys("platform kind"),
-  "rows": [
-    _keys(
-      "kind point batch calls macs p50_ms p95_ms images_per_second"
-      " speedup speedup_by_macs"
-    )
-  ],
-}
-METRIC_SHAPES = {
-  "train": _keys("step epoch"),
-  "evaluate": _keys("step epoch accuracy"),
-  "weights": _keys("step epoch loss_bins mean_weight"),
-  "diagnose": _keys(
-    "step epoch signal_to_noise_by_exit estimators easy_weight"
-    " hard_weight confidence_bins weight_by_confidence"
-  ),
-}
-PER_SAMPLE = ["images", "labels", "predictions", "exits", "confidence"]
-
-
 def write_config(
-  workdir: pathlib.Path, config: ConfigDict, num_devices: int | None = None
+  workdir: files.Path, config: ConfigDict, num_devices: int | None = None
 ) -> None:
-  """config.json: every key of the run.
-
-  Args:
-    workdir, config: of the run.
-    num_devices: that train it, if anything does. With `sync="local"` they shape
-      the result, and so stand in the place of a config.num_devices of 0.
-  """
-  values = config.to_dict()
-  if config.sync == "local" and num_devices:
-    values["num_devices"] = num_devices
+  """config.json: every key of the run, `as_trained`."""
+  values = as_trained(config, num_devices)
   files.write(
     workdir / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n"
   )
 
 
-def read_config(workdir: pathlib.Path) -> ConfigDict:
+def as_trained(config: ConfigDict, num_devices: int | None) -> dict[str, Any]:
+  """Every key, and the number of devices where it shapes the result.
+
+  Args:
+    config: of the run.
+    num_devices: that train it, if anything does. With `sync="local"` they stand
+      in the place of a config.num_devices of 0.
+  """
+  values = config.to_dict()
+  if config.sync == "local" and num_devices:
+    values["num_devices"] = num_devices
+  return values
+
+
+def read_config(workdir: files.Path) -> ConfigDict:
   """The config a run directory was made with, validated.
 
   Raises:
@@ -111,83 +237,129 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
       f"workdir {workdir} holds no run (no config.json); train "
       "one first with --mode=train"
     )
-  return config_lib.validate(config_lib.from_dict(config_values(workdir)))
+  return _read(
+    workdir,
+    "config.json",
+    lambda data: config_lib.validate(config_lib.from_dict(_parse_config(data))),
+  )
 
 
-def config_values(workdir: pathlib.Path) -> dict[str, Any]:
+def config_values(workdir: files.Path) -> dict[str, Any]:
   """What config.json holds, as it is.
 
   Raises:
     ValueError: it is missing or broken.
   """
-  return _read(workdir, "config.json", "train", _parse_config)
+  return _read(workdir, "config.json", _parse_config)
 
 
-def check_same_run(
-  workdir: pathlib.Path, config: ConfigDict, num_devices: int | None = None
-) -> None:
-  """Raises ValueError if the run directory is of another run.
-
-  Args:
-    workdir: may hold no run yet.
-    config: to go on with.
-    num_devices: that are to train it; None where nothing is trained.
-  """
-  if not (workdir / "config.json").exists():
-    return
-  made_with = read_config(workdir)
-  changed = config_lib.differences(config, made_with, FREE_KEYS)
-  if changed:
-    raise ValueError(
-      f"workdir {workdir} was made with another config: config.{changed[0]}; "
-      "use another workdir, or the same config to resume"
-    )
-  trained_on = made_with.num_devices  # 0: by nothing yet
-  if config.sync == "local" and num_devices and trained_on not in (0, num_devices):
-    raise ValueError(
-      f"workdir {workdir} was trained on {trained_on} device(s), which shapes the "
-      f"result where config.sync is local, and now there are {num_devices}; set "
-      f"config.num_devices={trained_on} to resume, or use another workdir"
-    )
+def digest(values: dict[str, Any]) -> str:
+  """SHA-256 of what JSON makes of `values`, less an entry "digest" of its own."""
+  rest = {name: value for name, value in values.items() if name != "digest"}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_results(workdir: pathlib.Path) -> dict[str, Any]:
+def write_results(workdir: files.Path, results: dict[str, Any]) -> None:
+  """results.json, with a digest: a threshold edited by hand would go unseen."""
+  results = results | {"digest": digest(results)}
+  files.write(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def read_results(workdir: files.Path) -> dict[str, Any]:
   """What results.json holds.
 
   Raises:
-    ValueError: it is missing, broken or of an earlier version.
+    ValueError: it is missing, broken, edited or of an earlier version.
   """
-  return _read(workdir, "results.json", "evaluate", _parse_results)
+  return _read(workdir, "results.json", _parse_results)
 
 
-def read_metrics(workdir: pathlib.Path) -> dict[str, list[dict]]:
+def read_metrics(
+  workdir: files.Path, num_exits: int | None = None
+) -> dict[str, list[dict]]:
   """The lines of metrics.jsonl by kind and step; of a step, the last one.
 
-  Raises:
-    ValueError: it is missing, or has a line that is no metric.
+  Nothing makes a lost or damaged line again, so what is left is used, and a
+  warning says what is not.
+
+  Args:
+    workdir: of the run.
+    num_exits: of its network, which each line must be of; None if not known.
   """
-  return _read(workdir, "metrics.jsonl", "train", _parse_metrics)
+  by_kind = {kind: {} for kind in METRIC_SHAPES}
+  for _, line in metric_lines(workdir / "metrics.jsonl", num_exits):
+    by_kind[line["kind"]][line["step"]] = line
+  return {
+    kind: [steps[step] for step in sorted(steps)] for kind, steps in by_kind.items()
+  }
 
 
-def read_scores(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """What scores.npz holds.
+def metric_lines(
+  path: files.Path, num_exits: int | None = None
+) -> list[tuple[str, dict]]:
+  """(text, what it says) of every sound line of metrics.jsonl, as they stand."""
+  try:
+    data = path.read_bytes()
+  except FileNotFoundError:
+    logging.warning(
+      "%s is missing, so there are no curves of training: it is written while a "
+      "run trains, and nothing makes it again but a copy",
+      path,
+    )
+    return []
+  lines, damaged, reason = [], [], ""
+  for number, line in enumerate(data.split(b"\n"), 1):
+    if not line.strip():
+      continue
+    try:
+      text = line.decode()
+      lines.append((text, _parse_metric(text, num_exits)))
+    except (ValueError, RecursionError) as error:
+      damaged.append(number)
+      reason = reason or _one_line(error)
+  if damaged:
+    more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+    logging.warning(
+      "%s: line %s%s left out, as damaged (%s)",
+      path,
+      ", ".join(map(str, damaged[:3])),
+      more,
+      reason,
+    )
+  elif not lines:
+    logging.warning("%s is empty, so there are no curves of training", path)
+  return lines
+
+
+def read_scores(
+  workdir: files.Path, num_exits: int | None = None
+) -> dict[str, Any]:
+  """What scores.npz holds; "about" as a dict.
+
+  Args:
+    workdir: of the run.
+    num_exits: of its network; None if not known.
 
   Raises:
-    ValueError: it is missing or broken.
+    ValueError: it is missing or broken, or of another network.
   """
-  return _read(workdir, "scores.npz", "evaluate", _parse_scores)
+  return _read(
+    workdir, "scores.npz", functools.partial(_parse_scores, num_exits=num_exits)
+  )
 
 
-def read_samples(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+def read_samples(workdir: files.Path) -> dict[str, np.ndarray]:
   """What samples.npz holds.
 
   Raises:
     ValueError: it is missing or broken.
   """
-  return _read(workdir, "samples.npz", "evaluate", _parse_samples)
+  return _read(
+    workdir, "samples.npz", functools.partial(_parse_arrays, SAMPLES_SHAPE)
+  )
 
 
-def read_latency(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_latency(workdir: files.Path) -> dict[str, Any] | None:
   """What latency.json holds; None if the run was not timed.
 
   Raises:
@@ -195,130 +367,87 @@ def read_latency(workdir: pathlib.Path) -> dict[str, Any] | None:
   """
   if not (workdir / "latency.json").exists():
     return None
-  return _read(workdir, "latency.json", "latency", _parse_latency)
+  return _read(workdir, "latency.json", _parse_latency)
 
 
-def is_finished(workdir: pathlib.Path, name: str) -> bool:
-  """Whether results of the finished run and the file `name` are there."""
+def read_manifest(folder: files.Path) -> dict[str, Any] | None:
+  """What manifest.json of an export holds, {} if broken; None if there is none."""
+  path = folder / "manifest.json"
+  if not path.exists():
+    return None
   try:
-    return bool(read_results(workdir)["complete"]) and (workdir / name).exists()
-  except ValueError:
-    return False
+    return _parse_config(path.read_bytes())
+  except (ValueError, RecursionError):
+    return {}
 
 
-def check_same_images(
-  workdir: pathlib.Path, num_classes: int, image_shape: tuple[int, int, int]
-) -> None:
-  """Raises ValueError if a run was evaluated on other classes or images.
-
-  Its weights alone do not tell: they take images of another size.
-  """
-  try:
-    results = read_results(workdir)
-  except ValueError:
-    return  # not evaluated yet
-  made_for = (results["num_classes"], tuple(results["image_shape"]))
-  if made_for != (num_classes, tuple(image_shape)):
-    raise ValueError(
-      f"workdir {workdir} was trained for {made_for[0]} classes and images of "
-      f"{'×'.join(map(str, made_for[1]))}, but its data now has {num_classes} "
-      f"and {'×'.join(map(str, image_shape))}; give it the data it was "
-      "trained on, or train into another workdir"
+def _read(workdir: files.Path, name: str, parse: Callable[[bytes], Any]) -> Any:
+  path, command = workdir / name, f"python -m l2w_jax.main --workdir={workdir}"
+  if name == "config.json":
+    advice = (
+      "delete it: it is restored from the checkpoints, or written again by "
+      f"`{command} --config=CONFIG --mode=train`"
     )
-
-
-def _read(
-  workdir: pathlib.Path, name: str, mode: str, parse: Callable[[bytes], Any]
-) -> Any:
-  path = workdir / name
-  config = "--config=CONFIG " if mode == "train" else ""
-  advice = (
-    f"run `python -m l2w_jax.main {config}--workdir={workdir}"
-    f" --mode={mode}` first, which writes it"
-  )
+  else:
+    mode = "latency" if name == "latency.json" else "evaluate"
+    advice = f"run `{command} --mode={mode}` first, which writes it"
   try:
     return parse(path.read_bytes())
   except FileNotFoundError:
     raise ValueError(f"{path} is missing; {advice}") from None
-  except (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OSError,
-    EOFError,
-    zipfile.BadZipFile,
-  ) as error:
-    raise ValueError(f"cannot use {path}: {error}; {advice}") from error
+  except Exception as error:  # damaged files raise anything
+    raise ValueError(f"cannot use {path}: {_one_line(error)}; {advice}") from error
 
 
-def _require(shape: Any, found: Any, where: str) -> None:
-  if isinstance(shape, list):
-    for entry in found:
-      _require(shape[0], entry, f"an entry of {where}")
-  elif shape is not None:
-    for name, inside in shape.items():
-      if name not in found:
-        raise ValueError(f"{where} lacks {name!r}")
-      _require(inside, found[name], f"its {name!r}")
+def _one_line(error: Exception) -> str:
+  if isinstance(error, RecursionError):
+    return "it is nested too deeply"
+  return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parse_config(data: bytes) -> dict[str, Any]:
   values = json.loads(data)
-  if not isinstance(values, dict):
-    raise ValueError("it holds no keys")
+  schema.check(KEYS, values)
   return values
 
 
-def _parse_results(data: bytes) -> dict:
+def _parse_results(data: bytes) -> dict[str, Any]:
   results = json.loads(data)
-  _require(RESULTS_SHAPE, results, "it")
-  num_exits = len(results["macs"])
-  lengths = {
-    len(results[name]) for name in ("anytime", "params_to_exit", "temperatures")
-  }
-  for entry in [*results["budgeted"], results["chosen"]]:
-    lengths |= {len(entry["exits"]), len(entry["thresholds"])}
-  if lengths != {num_exits} or not results["budgeted"]:
-    raise ValueError(f"its curves are not all of its {num_exits} exits")
+  schema.check(RESULTS_SHAPE, results)
+  if results["image_shape"][-1] != len(results["mean"]):
+    raise ValueError("its 'mean' is not of the channels of its 'image_shape'")
+  if results["digest"] != digest(results):
+    raise ValueError("it is not what was written (its digest differs)")
   return results
 
 
-def _parse_latency(data: bytes) -> dict:
+def _parse_latency(data: bytes) -> dict[str, Any]:
   latency = json.loads(data)
-  _require(LATENCY_SHAPE, latency, "it")
+  schema.check(LATENCY_SHAPE, latency)
   return latency
 
 
-def _parse_metrics(data: bytes) -> dict[str, list[dict]]:
-  """Groups the lines by kind; a step repeated after a resume counts once."""
-  lines = {kind: {} for kind in METRIC_SHAPES}
-  for number, line in enumerate(data.decode().splitlines(), 1):
-    try:
-      entry = json.loads(line)
-      if entry["kind"] in METRIC_SHAPES:
-        _require(METRIC_SHAPES[entry["kind"]], entry, "it")
-        lines[entry["kind"]][entry["step"]] = entry
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
-        f"line {number} is not a metric ({error}) and may be deleted, or"
-      ) from error
-  return {
-    kind: [steps[step] for step in sorted(steps)] for kind, steps in lines.items()
-  }
+def _parse_metric(line: str, num_exits: int | None) -> dict[str, Any]:
+  entry = json.loads(line)
+  schema.check({"kind": Is(_KINDS, lambda x: x in tuple(METRIC_SHAPES))}, entry)
+  sizes = {"exits": num_exits} if num_exits else {}
+  schema.check(METRIC_SHAPES[entry["kind"]], entry, sizes)
+  return entry
 
 
-def _parse_samples(data: bytes) -> dict[str, np.ndarray]:
+def _parse_scores(data: bytes, num_exits: int | None) -> dict[str, Any]:
+  found = _parse_arrays(SCORES_SHAPE, data, num_exits)
+  about = json.loads(str(found["about"]))
+  schema.check({name: RESULTS_SHAPE[name] for name in ABOUT}, about)
+  return found | {"about": about}
+
+
+def _parse_arrays(
+  shape: dict[str, Any], data: bytes, num_exits: int | None = None
+) -> dict[str, np.ndarray]:
+  with zipfile.ZipFile(io.BytesIO(data)):
+    pass  # NumPy takes other files, too
   with np.load(io.BytesIO(data)) as arrays:
-    samples = dict(arrays)
-  _require(dict.fromkeys([*PER_SAMPLE, "q", "class_names"]), samples, "it")
-  if len({len(samples[name]) for name in PER_SAMPLE}) != 1:
-    raise ValueError(f"its {', '.join(PER_SAMPLE)} differ in length")
-  return samples
-
-
-def _parse_scores(data: bytes) -> dict[str, np.ndarray]:
-  with np.load(io.BytesIO(data)) as arrays:
-    scores = dict(arrays)
-  _require(_keys("confidence correct"), scores, "it")
-  return scores
+    found = dict(arrays)
+  schema.check(shape, found, {"exits": num_exits} if num_exits else {})
+  return found

@@ -12,8 +12,14 @@ Process 0, the writer, keeps the run directory.
 
 from __future__ import annotations
 
+import ipaddress
 import json
-from collections.abc import Callable
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +28,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 AXIS = "devices"
+LANES = 128  # of a TPU's vector unit
 JOIN_SECONDS = 300  # for all processes of a run to come
+PATIENCE_SECONDS = 5  # of waiting in silence
 SILENCE_SECONDS = 30  # after which a process counts as dead
 Rows = Array | np.ndarray
 
@@ -115,6 +123,16 @@ def check_batch(batch: int, num_devices: int, num_parts: int = 1) -> None:
     )
 
 
+def fuller_batch(batch: int, num_devices: int) -> int | None:
+  """The nearest loader batch that fills a TPU's lanes; None if this one does.
+
+  Images lie in its 128 lanes, so half a batch should be a multiple of that on each
+  device: 64 images take it as long as 128.
+  """
+  unit = 2 * num_devices * LANES
+  return max(1, round(batch / unit)) * unit if batch % unit else None
+
+
 def count_devices(wanted: int) -> int:
   """Devices to use: `wanted`, or all of the run for 0.
 
@@ -198,18 +216,29 @@ def own_rows_of_halves(batch: int, num_devices: int) -> np.ndarray:
 
 
 def map_devices(
-  function: Callable, num_devices: int, donate_argnums: tuple[int, ...] = ()
+  function: Callable,
+  num_devices: int,
+  donate_argnums: tuple[int, ...] = (),
+  devices: Sequence[jax.Device] | None = None,
 ) -> Callable:
   """Pmap of `function` over the first `num_devices` devices; jit for one.
 
   Under pmap every argument and result has a leading device axis.
+
+  Args:
+    function, num_devices, donate_argnums: see `jax.pmap`.
+    devices: others than those of this run, such as described ones.
   """
   if num_devices == 1:
-    return jax.jit(function, donate_argnums=donate_argnums)
+    place = {}
+    if devices is not None:
+      only = jax.sharding.SingleDeviceSharding(devices[0])
+      place = {"in_shardings": only, "out_shardings": only}
+    return jax.jit(function, donate_argnums=donate_argnums, **place)
   mapped = jax.pmap(
     function,
     AXIS,
-    devices=jax.devices()[:num_devices],
+    devices=(jax.devices() if devices is None else devices)[:num_devices],
     donate_argnums=donate_argnums,
   )
   return mapped if jax.process_count() == 1 else _compiled_at_first(mapped)
@@ -262,8 +291,13 @@ def initialize(
       f"--process_id={process_id} must be at least 0 and below "
       f"--num_processes={num_processes}"
     )
+  if coordinator is not None:
+    _check_address(coordinator)
   # JAX would catch SIGTERM; a process that is asked to stop should.
   jax.config.update("jax_enable_preemption_service", False)
+  waiting = threading.Timer(PATIENCE_SECONDS, _say_waiting, [coordinator])
+  waiting.daemon = True
+  waiting.start()
   try:
     jax.distributed.initialize(
       *given,
@@ -278,6 +312,74 @@ def initialize(
       f"{JOIN_SECONDS} s, each with the same --coordinator and "
       "--num_processes and its own --process_id"
     ) from error
+  finally:
+    waiting.cancel()
+
+
+def _check_address(coordinator: str) -> None:
+  """Raises ValueError unless it is HOST:PORT, an IPv6 address being in brackets.
+
+  JAX would end with a segmentation fault, or wait for a host that cannot be.
+  """
+  host, _, port = coordinator.rpartition(":")
+  try:
+    known = 0 < int(port) < 2**16 and port.isdecimal()
+    if host.startswith("[") and host.endswith("]"):
+      ipaddress.IPv6Address(host[1:-1])
+    else:
+      known = known and re.fullmatch(r"[^\s:/\[\]@]+", host)
+  except ValueError:
+    known = False
+  if not known:
+    raise ValueError(
+      f"--coordinator={coordinator} must be HOST:PORT of process 0, such as "
+      "10.0.0.1:1234 or [::1]:1234, with a port from 1 to 65535"
+    )
+
+
+def _say_waiting(coordinator: str | None) -> None:
+  """A line on standard error, where processes take long to find each other."""
+  left = JOIN_SECONDS - PATIENCE_SECONDS
+  until = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+  what = "the other processes of this run"
+  if coordinator is not None:
+    host, _, port = coordinator.rpartition(":")
+    try:
+      socket.getaddrinfo(host.strip("[]"), int(port))
+      what += f" (--coordinator={coordinator})"
+    except OSError:
+      what = f"the name {host} of --coordinator={coordinator} to be known here"
+  print(f"waiting until {until} for {what}", file=sys.stderr)
+
+
+class Agreement:
+  """Whole numbers that every process says: the largest of each, for all of them.
+
+  With several processes a call gives what was said at the one before, 0 at first:
+  their devices exchange it behind the step in flight, and nobody waits.
+  """
+
+  def __init__(self, num_devices: int):
+    self._num_devices, self._before = num_devices, None
+    self._largest = map_devices(lambda x: jax.lax.pmax(x, AXIS), num_devices)
+
+  def __call__(self, *said: int) -> tuple[int, ...]:
+    if jax.process_count() == 1:
+      return said
+    before = self._before
+    self._before = self._largest(
+      replicate(np.asarray(said, np.int32), self._num_devices)
+    )
+    if before is None:
+      return (0,) * len(said)
+    return tuple(map(int, first(before, self._num_devices)))
+
+
+def largest(number: int) -> int:
+  """The largest that any process gives; all wait for each other."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def is_writer() -> bool:

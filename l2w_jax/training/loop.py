@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import pathlib
+import sys
 import time
 from typing import Any
 
@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
 from l2w_jax import models
-from l2w_jax.data import feeds, order, sources
+from l2w_jax.data import feeds, order
 from l2w_jax.models.backbone import Backbone
-from l2w_jax.run import directory, parallel
+from l2w_jax.run import backend, directory, files, parallel, stopping
 from l2w_jax.run.progress import Progress
-from l2w_jax.training import checkpoint, diagnostics, scores
+from l2w_jax.training import checkpoint, diagnostics, identity, scores
 from l2w_jax.training.metrics_log import MetricsLog
 from l2w_jax.training.state import (
   TrainState,
@@ -46,12 +46,18 @@ def loss_edges(num_classes: int) -> np.ndarray:
 
 def weights_by_loss(
   num_classes: int, weights: Float[Array, "B K"], losses: Float[Array, "B K"]
-) -> tuple[Float[Array, "K M"], Float[Array, "K M"]]:
-  """(sum of the weights, number of the samples) of every exit and loss bin."""
+) -> tuple[Float[Array, "K M"], Float[Array, "K M"], Float[Array, "K M"]]:
+  """Sums over the samples of every exit and loss bin: (w - 1, (w - 1)², 1)."""
   width = 2 * math.log(num_classes) / LOSS_BINS
   bins = jnp.clip(losses // width, 0, LOSS_BINS - 1).astype(jnp.int32)
   onehot = jax.nn.one_hot(bins, LOSS_BINS)
-  return (onehot * weights[..., None]).sum(0), onehot.sum(0)
+  from_one = (weights - 1)[..., None]
+  return tuple((onehot * x).sum(0) for x in (from_one, from_one**2, 1))
+
+
+def _or_null(table: np.ndarray) -> list[list[float | None]]:
+  """As JSON has it, for a bin without samples."""
+  return [[None if np.isnan(x) else float(x) for x in row] for row in table]
 
 
 class Step:
@@ -108,7 +114,7 @@ class Step:
     return state.replace(step=self._next(state.step)), (of_first, of_second)
 
 
-def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
+def train(workdir: files.Path, config: ConfigDict) -> bool:
   """Trains to the last epoch, from the latest checkpoint if there is one.
 
   Returns:
@@ -116,22 +122,23 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
 
   Raises:
     ValueError: the workdir belongs to another config, or the config does not
-      fit the data or the devices. Nothing is compiled or written before.
+      fit the data or the devices, before anything is compiled or written; or
+      training diverged.
+    SystemExit: a signal asked to stop, and all is saved.
   """
   num_devices = parallel.count_devices(config.num_devices)
   unrolled = (
     config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1
   )
   parallel.check_batch(config.batch, num_devices, config.microbatches * unrolled)
-  dataset = sources.load(config.data)
+  dataset, made_of = identity.open_data(workdir, config, num_devices)
   backbone = models.build_backbone(
     config.model, dataset.num_classes, dataset.image_shape
   )
   config_lib.check_method(config, backbone.num_exits)
-  loop = _Loop(workdir, config, dataset, backbone, num_devices)
+  loop = _Loop(workdir, config, dataset, backbone, num_devices, made_of)
   if parallel.is_writer():
-    directory.check_same_run(workdir, config, num_devices)
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     if not (workdir / "config.json").exists():
       directory.write_config(workdir, config, num_devices)
   with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
@@ -141,10 +148,10 @@ def train(workdir: pathlib.Path, config: ConfigDict) -> bool:
 class _Loop:
   """One run of the loop: what stays the same from step to step."""
 
-  def __init__(self, workdir, config, dataset, backbone, num_devices):
+  def __init__(self, workdir, config, dataset, backbone, num_devices, made_of):
     self._workdir, self._config = workdir, config
     self._dataset, self._backbone = dataset, backbone
-    self._num_devices = num_devices
+    self._num_devices, self._identity = num_devices, made_of
     if config.diagnose.every and parallel.is_writer():
       self._probe = diagnostics.make_probe(
         dataset, config.diagnose.half, config.diagnose.meta_halves
@@ -153,17 +160,19 @@ class _Loop:
       len(dataset.train.labels), config.batch
     )
     self._total = config.epochs * self._steps_per_epoch
+    self._schedule, _ = learning_rates(config, self._steps_per_epoch)
     self._seconds = {"train": 0.0, "compile": 0.0}
-    self._weights = []
+    self._saved = 0  # step of the latest checkpoint
+    self._weights = None
 
   def run(self, checkpoints: checkpoint.Checkpoints) -> bool:
     config, keys = self._config, split_seed(self._config.seed)
     restored = checkpoints.restore(abstract_state(self._backbone, config))
-    if restored is None:
-      state, step = init_state(keys.init, self._backbone, config), 0
-    else:
+    step = 0
+    if restored is not None:
       state, info = restored
       step, self._seconds = int(state.step), info["seconds"]
+      self._saved, self._weights = step, self._replicated(info.get("weight_sums"))
     if step >= self._total:
       return False
     with (
@@ -176,14 +185,31 @@ class _Loop:
         silent=not parallel.is_writer(),
       ) as self._progress,
     ):
-      if step:
+      self._progress.note(backend.describe(self._num_devices))
+      fuller = parallel.fuller_batch(config.batch, self._num_devices)
+      if fuller and jax.default_backend() == "tpu":
+        self._progress.note(
+          f"{config.batch // (2 * self._num_devices)} images a device fill a TPU's "
+          f"{parallel.LANES} lanes in part; config.batch={fuller} fills them"
+        )
+      if restored is None:
+        state = init_state(keys.init, self._backbone, config)
+      else:
         self._progress.note(f"resuming after step {step} of {self._total}")
       state = parallel.replicate(state, self._num_devices)
       with contextlib.closing(
         feeds.make_feed(self._dataset, config, keys.data, self._num_devices)
       ) as feed:
         halves = self._compile(state, feed, step)
-        self._steps(state, feed, halves, step, checkpoints)
+        with stopping.held():
+          self._steps(state, feed, halves, step, checkpoints)
+          checkpoints.wait()
+      number = parallel.largest(stopping.asked())
+      if number:
+        self._progress.note(
+          f"stopped at step {self._saved}; the same command goes on"
+        )
+        sys.exit(stopping.exit_code(number))
     return True
 
   def _compile(self, state, feed, step):
@@ -196,12 +222,17 @@ class _Loop:
       halves = feed.halves(step)
       self._step.compile(state, halves)
       devices = parallel.collectives(self._num_devices, config.sync)
-      self._weights_by_loss = parallel.map_devices(
-        lambda *half: devices.mean_of_all(
-          weights_by_loss(self._backbone.num_classes, *half)
-        ),
-        self._num_devices,
-      )
+
+      def add_weights(sums, *half):
+        found = weights_by_loss(self._backbone.num_classes, *half)
+        return jax.tree.map(
+          lambda x, mean: x + (self._num_devices * mean).astype(x.dtype),
+          sums,
+          devices.mean_of_all(found),
+        )
+
+      self._add_weights = parallel.map_devices(add_weights, self._num_devices)
+      self._agree = parallel.Agreement(self._num_devices)
     with self._progress.compiling("the evaluation"):
       self._score = scores.compile_scorer(
         state.variables, self._backbone, self._dataset, config, self._num_devices
@@ -225,18 +256,20 @@ class _Loop:
     self._reported_at = began = time.monotonic()
     if config.diagnose.every and step == 0:
       began += self._diagnose(state, step)
-    pending = None
-    while step < self._total:
+    self._save_at = began + 60 * config.checkpoint.every
+    pending = stop = None
+    while step < self._total and not stop:
       state, metrics = self._step(state, halves, step)
-      self._keep_weights(step, metrics)
       step += 1
       if step < self._total:
         halves = feed.halves(step)
       if pending is not None:
         self._report(*pending)
+      self._keep_weights(step, metrics)
       pending = step, metrics
+      stop, in_time = self._agree(stopping.asked(), self._minutes_are_over())
       evaluates = self._due(step, config.evaluate.every)
-      saves = self._due(step, config.checkpoint.every)
+      saves = stop or in_time or self._saves(step)
       # After the last step the learning rate, and so every gradient, is 0.
       diagnoses = (
         config.diagnose.every
@@ -253,12 +286,57 @@ class _Loop:
       if saves:
         self._seconds["train"] += time.monotonic() - began
         began = time.monotonic()
-        self._log.flush()
-        checkpoints.save(
-          step,
-          parallel.first(state, self._num_devices),
-          {"seconds": self._seconds, "complete": step == self._total},
-        )
+        self._save(state, step, checkpoints)
+
+  def _save(self, state, step, checkpoints):
+    state = jax.device_get(parallel.first(state, self._num_devices))
+    path = checkpoint.not_finite(state)
+    if path:
+      raise self._diverged(step, f"{path} is not finite")
+    self._log.flush()
+    weights = self._weights and parallel.first(self._weights, self._num_devices)
+    checkpoints.save(
+      step,
+      state,
+      {
+        "seconds": self._seconds,
+        "complete": step == self._total,
+        "identity": self._identity,
+        "weight_sums": jax.tree.map(lambda x: np.asarray(x).tolist(), weights),
+      },
+    )
+    self._saved = step
+
+  def _saves(self, step: int) -> bool:
+    """Whether `checkpoint.every` epochs or steps end here, or the run does."""
+    every, unit = self._config.checkpoint.every, self._config.checkpoint.unit
+    if unit == "epochs":
+      return self._due(step, every)
+    return step == self._total or (unit == "steps" and step % every == 0)
+
+  def _minutes_are_over(self) -> bool:
+    """Whether `checkpoint.every` minutes are, since the start or the last True."""
+    now = time.monotonic()
+    if self._config.checkpoint.unit != "minutes" or now < self._save_at:
+      return False
+    self._save_at = now + 60 * self._config.checkpoint.every
+    return True
+
+  def _diverged(self, step: int, what: str) -> ValueError:
+    last = (
+      f"the last finite checkpoint is step {self._saved}"
+      if self._saved
+      else "there is no finite checkpoint yet"
+    )
+    return ValueError(
+      f"training diverged: {what} at step {step}, where the learning rate is "
+      f"{self._learning_rate(step):g}; {last}; train into another workdir with a "
+      "smaller config.optimizer.learning_rate"
+    )
+
+  def _learning_rate(self, step: int) -> float:
+    """That of the step before `step`."""
+    return float(self._schedule(step - 1))
 
   def _due(self, step: int, every: int) -> bool:
     """Whether something done every `every` epochs, and at the end, is due."""
@@ -283,46 +361,58 @@ class _Loop:
     means = {
       name: float(np.mean([half[name] for half in halves])) for name in names
     }
+    for name, value in means.items():
+      if not math.isfinite(value):
+        raise self._diverged(step, f"{name} is {value}")
     if step % self._config.log.every == 0:
-      rate = learning_rates(self._config, self._steps_per_epoch)[0](step - 1)
-      self._write(
-        "train", step, {"lr": float(rate), **means, "images_per_second": speed}
-      )
+      rate = self._learning_rate(step)
+      self._write("train", step, {"lr": rate, **means, "images_per_second": speed})
     epoch = math.ceil(step / self._steps_per_epoch)
     self._progress.update(step, {**means, "epoch": epoch})
-    if self._weights and self._due(step, self._config.log.weights_every):
+    pictured = self._due(step, self._config.log.weights_every)
+    if pictured and self._weights is not None:
       self._write_weights(step)
 
   def _keep_weights(self, step: int, metrics: tuple) -> None:
-    """Keeps sums for the picture, if the end of the epoch has one."""
-    left = -step % self._steps_per_epoch or self._steps_per_epoch
+    """Adds those of a step to the picture, if the end of its epoch has one."""
+    left = -step % self._steps_per_epoch
     if (
-      self._config.method != "uniform"
-      and left <= PICTURED
-      and self._due(step + left, self._config.log.weights_every)
+      self._config.method == "uniform"
+      or left >= PICTURED
+      or not self._due(step + left, self._config.log.weights_every)
     ):
-      self._weights += [
-        self._weights_by_loss(half["weights"], half["losses"]) for half in metrics
-      ]
+      return
+    if self._weights is None or left + 1 == min(PICTURED, self._steps_per_epoch):
+      empty = np.zeros((self._backbone.num_exits, LOSS_BINS))
+      self._weights = self._replicated((empty,) * 3)
+    for half in metrics:
+      self._weights = self._add_weights(
+        self._weights, half["weights"], half["losses"]
+      )
+
+  def _replicated(self, sums):
+    """Sums of `weights_by_loss`, as they are kept on the devices; None stays so."""
+    return sums and parallel.replicate(
+      tuple(np.asarray(x, np.float32) for x in sums), self._num_devices
+    )
 
   def _write_weights(self, step: int) -> None:
-    found = jax.device_get(parallel.first(self._weights, self._num_devices))
-    self._weights = []
-    total, counts = (self._num_devices * sum(x) for x in zip(*found, strict=True))
-    mean = total / np.maximum(counts, 1)
+    total, squares, counts = map(
+      np.asarray, jax.device_get(parallel.first(self._weights, self._num_devices))
+    )
+    self._weights = None
+    total, squares = (
+      np.where(counts, x / np.maximum(counts, 1), np.nan) for x in (total, squares)
+    )
+    std = np.sqrt(np.maximum(squares - total**2, 0))
     self._write(
       "weights",
       step,
       {
         "loss_bins": loss_edges(self._backbone.num_classes).tolist(),
-        "mean_weight": [
-          [
-            float(m) if count else None
-            for m, count in zip(means, counts, strict=True)
-          ]
-          for means, counts in zip(mean, counts, strict=True)
-        ],
-        "count": counts.astype(int).tolist(),
+        "mean_weight": _or_null(1 + total),
+        "std_weight": _or_null(std),
+        "count": np.rint(counts).astype(int).tolist(),
       },
     )
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -19,21 +20,29 @@ from l2w_jax.method import confidence as confidence_lib
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.run import parallel
 
+TOP = 5
 LOGITS_KEPT = 10_000  # of a split; all of ImageNet's would be gigabytes
 
 
 class Scores(NamedTuple):
-  """What thresholds and curves need, for the N samples of a split.
+  """What thresholds, curves and temperatures need, for the N samples of a split.
 
-  confidence: float32 [N K], by the measure of the config; prediction: int32
-  [N K]; correct: bool [N K]; logits: float32 [≤ LOGITS_KEPT K C], of the first
-  samples, which are in no order that matters.
+  label: int32 [N]; prediction: int32 [N K]; confidence: float32 [N K], by the
+  measure of the config; top5: bool [N K], whether the label is among the five
+  likeliest classes; logits: float32 [≤ LOGITS_KEPT K C], of the first samples,
+  which are in no order that matters.
   """
 
-  confidence: np.ndarray
+  label: np.ndarray
   prediction: np.ndarray
-  correct: np.ndarray
+  confidence: np.ndarray
+  top5: np.ndarray
   logits: np.ndarray
+
+  @property
+  def correct(self) -> np.ndarray:
+    """Bool [N K], whether the answer of each exit is right."""
+    return self.prediction == self.label[:, None]
 
 
 def compile_scorer(
@@ -57,11 +66,8 @@ def compile_scorer(
     prediction, confidence = confidence_lib.confidence(
       logits, config.evaluate.confidence
     )
-    return (
-      devices.gather(confidence),
-      devices.gather(prediction),
-      devices.gather(logits),
-    )
+    _, likeliest = lax.top_k(logits, min(TOP, logits.shape[-1]))
+    return tuple(map(devices.gather, (prediction, confidence, likeliest, logits)))
 
   own = parallel.own_rows(batch)
   empty = np.zeros((own.stop - own.start, *dataset.image_shape), np.uint8)
@@ -87,9 +93,11 @@ def compile_scorer(
         for x in parallel.first(outputs, num_devices)
       )
       parts.append([*found_here, logits[: max(0, LOGITS_KEPT - start)].copy()])
-    confidence, prediction, logits = map(np.concatenate, zip(*parts, strict=True))
-    return Scores(
-      confidence, prediction, prediction == split.labels[:, None], logits
+    prediction, confidence, likeliest, logits = map(
+      np.concatenate, zip(*parts, strict=True)
     )
+    label = np.asarray(split.labels, np.int32)
+    top5 = (likeliest == label[:, None, None]).any(-1)
+    return Scores(label, prediction, confidence, top5, logits)
 
   return score

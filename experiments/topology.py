@@ -1,0 +1,430 @@
+"""What the TPU's compiler says of a config's programs; no TPU is needed.
+
+    pip install "jax[tpu]"
+    python experiments/topology.py configs/cifar100_msdnet.py --topology=v5e:2x4 \
+        --out v5e.json --against earlier.json
+
+compiles the resident feed, a forward pass in training, the half steps of uniform
+and l2w, and the scorer of the evaluation for devices that are only described, and
+prints for each, per device: temporary memory, collectives and their bytes, the
+compiler's own estimate of cycles and where they go, bytes of its arrays in memory
+over those of their values (a TPU pads), and instructions that it computes twice to
+save memory.
+
+Topologies: v5e:2x4 (one host), v5e:4x8 (eight hosts), v4:2x2x1, v5p:2x2x2, v6e:2x4.
+Generating code for a large step takes tens of minutes; --hlo-only stops before it,
+when memory, collectives and fusions are known, and cycles are not.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from options import config_parser, shape_and_classes
+
+import l2w_jax as l2w
+from l2w_jax.data import augment, resident
+from l2w_jax.run import files, parallel
+from l2w_jax.run.command import one_line_errors
+from l2w_jax.training.step import make_half_step
+
+NUM_TRAIN = {"tfds:imagenet2012": 1_231_167}  # images; of other sets 45,000
+STEPS_PER_EPOCH = 1000
+CLOCK = {
+  "v5e": 1.5e9,
+  "v4": 1.05e9,
+  "v5p": 1.75e9,
+  "v6e": 1.75e9,
+}  # cycles a second
+HBM = {"v5e": 16, "v4": 32, "v5p": 95, "v6e": 32}  # GiB of a chip
+LANES = 128
+PROGRAMS = ("feed", "forward", "uniform", "l2w", "scorer")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\](\{[^}]*\})?")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
+
+
+def describe(topology: str) -> list:
+  """The devices of a topology such as v5e:2x4.
+
+  Raises:
+    ValueError: no such topology, or no libtpu.
+  """
+  os.environ.update(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v5litepod-8",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_STDERR_LOG_LEVEL="3",
+    TPU_MIN_LOG_LEVEL="3",
+  )
+  chip, _, sizes = topology.partition(":")
+  if chip not in CLOCK or not re.fullmatch(r"\d+x\d+(x\d+)?", sizes):
+    raise ValueError(
+      f"--topology={topology} must be CHIP:SIZES, such as v5e:2x4 or v4:2x2x1, "
+      f"with one of the chips {', '.join(CLOCK)}"
+    )
+  options = {}
+  sides = [int(n) for n in sizes.split("x")]
+  if chip == "v4":
+    options["chip_config_name"] = "megacore"
+  if len(sides) == 2 and math.prod(sides) <= 8:  # one host
+    options["chips_per_host_bounds"] = [*sides, 1]
+  try:
+    return topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, **options
+    ).devices
+  except Exception as error:  # libtpu raises anything
+    raise ValueError(
+      f"no devices of {topology} can be described "
+      f"({str(error).splitlines()[0]}); pip install 'jax[tpu]=={jax.__version__}'"
+    ) from error
+
+
+def lower(name: str, config, devices: list):
+  """A program of `PROGRAMS`, lowered for all devices."""
+  shape, classes = shape_and_classes(config)
+  n, struct = len(devices), jax.ShapeDtypeStruct
+  parallel.check_batch(config.batch, n, config.microbatches)
+  backbone = l2w.build_backbone(config.model, classes, shape)
+  shared = parallel.collectives(n, config.sync)
+
+  def half(size):
+    return {
+      "image": struct((size, *shape), jnp.float32),
+      "label": struct((size,), jnp.int32),
+    }
+
+  own, donated = config.batch // (2 * n), ()
+  key, step = struct((2,), jnp.uint32), struct((), jnp.int32)
+  variables = jax.eval_shape(backbone.init, jax.random.key(0))
+  if name == "feed":
+    function = resident.make_halves_fn(config, shape, shared)
+    count = NUM_TRAIN.get(config.data.source, 45_000)
+    data = {
+      "image": struct((count, math.prod(shape)), jnp.uint8),
+      "label": struct((count,), jnp.int32),
+      "mean": struct(shape[-1:], jnp.float32),
+      "std": struct(shape[-1:], jnp.float32),
+    }
+    arguments = data, key, step
+  elif name == "forward":
+    function = functools.partial(
+      backbone.apply, train=True, axis_name=shared.axis_name
+    )
+    arguments = variables, half(own)["image"]
+  elif name == "scorer":
+
+    def function(variables, images):
+      zeros, ones = jnp.zeros(shape[-1]), jnp.ones(shape[-1])
+      logits = backbone.apply(variables, augment.normalize(images, zeros, ones))
+      return shared.gather(logits)
+
+    images = struct((config.evaluate.batch, *shape), jnp.uint8)
+    arguments = variables, images
+  else:
+    with config.unlocked():
+      config.method = name
+    function = functools.partial(
+      make_half_step(
+        backbone, config, steps_per_epoch=STEPS_PER_EPOCH, devices=shared
+      ),
+      update_wpn=True,
+    )
+    state = jax.eval_shape(
+      lambda: l2w.init_state(jax.random.key(0), backbone, config)
+    )
+    arguments, donated = (state, half(own), half(own), key), (0,)
+  if n > 1:
+    arguments = jax.tree.map(lambda x: struct((n, *x.shape), x.dtype), arguments)
+  return parallel.map_devices(function, n, donated, devices).lower(*arguments)
+
+
+class Hlo:
+  """What the text of an optimised module says."""
+
+  def __init__(self, text: str):
+    self.computations, self.entry = {}, None
+    lines = None
+    for line in text.splitlines():
+      head = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
+      if head and not line.startswith(" "):
+        lines = self.computations.setdefault(head[2], [])
+        self.entry = head[2] if head[1] else self.entry
+      elif lines is not None and (found := INSTRUCTION.match(line)):
+        lines.append((*found.groups(), line))
+    self.fusions = text.count(" fusion(")
+    self.rematerialised = len(
+      re.findall(r"^\s+(?:ROOT )?%?[\w.\-]+\.remat", text, re.M)
+    )
+    self.text = text
+
+  def cycles(self) -> dict[str, int]:
+    """Estimated cycles by kind; loops count as often as they turn."""
+    found = collections.Counter()
+    self._add(self.entry, 1, found)
+    return dict(found)
+
+  def _add(self, name, times, found):
+    for _, _, opcode, _, line in self.computations[name]:
+      if opcode == "while":
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        body = re.search(r"body=%?([\w.\-]+)", line)[1]
+        self._add(body, times * int(trips[1] if trips else 1), found)
+      elif opcode == "conditional":
+        for branch in re.findall(r"branch_computations=\{([^}]*)\}", line):
+          self._add(branch.split(",")[0].strip(" %"), times, found)
+      elif estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
+        found[self._kind(opcode, line)] += times * int(estimate[1])
+
+  def _kind(self, opcode, line):
+    called = re.search(r"calls=%?([\w.\-]+)", line)
+    inside = {opcode}
+    if called:
+      inside = {found[2] for found in self.computations.get(called[1], [])}
+    for kind, opcodes in {
+      "convolutions": {"convolution", "dot"},
+      "reductions": {"reduce", "reduce-window"},
+      "gathers": {"gather", "scatter", "sort"},
+    }.items():
+      if inside & opcodes:
+        return kind
+    moves = {"copy", "transpose", "bitcast", "parameter", "reshape", "tuple"}
+    return "copies" if inside <= moves else "elementwise"
+
+  def collectives(self) -> dict[str, dict[str, int]]:
+    """{kind: number and bytes of a device} of what devices exchange."""
+    found = {}
+    for lines in self.computations.values():
+      for _, shape, opcode, _, _ in lines:
+        kind = opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+          one = found.setdefault(kind, {"number": 0, "bytes": 0})
+          one["number"] += 1
+          one["bytes"] += sum(logical for logical, _ in sizes(shape))
+    return found
+
+  def padding(self) -> float:
+    """Bytes of the entry's arrays in memory, over those of their values."""
+    pairs = [
+      pair
+      for _, shape, opcode, _, _ in self.computations[self.entry]
+      if opcode not in ("tuple", "get-tuple-element", "bitcast")
+      for pair in sizes(shape)
+    ]
+    return sum(padded for _, padded in pairs) / max(sum(x for x, _ in pairs), 1)
+
+
+def sizes(shape: str) -> list[tuple[int, int]]:
+  """(bytes of the values, bytes with padding to tiles) of each array in a shape."""
+  found = []
+  for kind, dims, layout in SHAPE.findall(shape):
+    dims = [int(n) for n in dims.split(",") if n]
+    width = BYTES.get(kind) or int(re.sub(r"\D", "", kind)) // 8
+    order = re.match(r"\{([\d,]+)", layout or "")
+    tile = re.search(r"T\((\d+),(\d+)\)", layout or "")
+    padded = list(dims)
+    if order and tile and len(dims) >= 2:
+      minor = [int(n) for n in order[1].split(",")][:2]
+      for axis, unit in zip(minor, (int(tile[2]), int(tile[1])), strict=True):
+        padded[axis] = -(-dims[axis] // unit) * unit
+    found.append((width * math.prod(dims), width * math.prod(padded)))
+  return found
+
+
+def facts_of(text: str, memory: dict[str, int], seconds: float) -> dict:
+  """What is stored of a program."""
+  hlo = Hlo(text)
+  return {
+    "compile_seconds": seconds,
+    **memory,
+    "fusions": hlo.fusions,
+    "rematerialised": hlo.rematerialised,
+    "padded": hlo.padding(),
+    "collectives": hlo.collectives(),
+    "cycles": hlo.cycles(),
+  }
+
+
+def compiled(name: str, config, devices: list) -> dict:
+  """Facts of a program, compiled to the end."""
+  began = time.monotonic()
+  program = lower(name, config, devices).compile()
+  memory = program.memory_analysis()
+  return facts_of(
+    program.as_text(),
+    {
+      "temporary_bytes": memory.temp_size_in_bytes,
+      "argument_bytes": memory.argument_size_in_bytes,
+    },
+    time.monotonic() - began,
+  )
+
+
+def hlo_only(arguments: list[str], name: str) -> dict:
+  """Facts of a program, from what its compiler writes before it generates code."""
+  began = time.monotonic()
+  with tempfile.TemporaryDirectory() as folder:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
+    process = subprocess.Popen(
+      [sys.executable, __file__, *arguments, f"--program={name}"],
+      env=os.environ | {"XLA_FLAGS": flags},
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    try:
+      while True:
+        # The last file that is written before: the report of the memory.
+        reports = sorted(
+          pathlib.Path(folder).glob("*memory-usage-report.txt"),
+          key=lambda path: path.stat().st_size,
+        )
+        ended = process.poll() is not None
+        if reports and (ended or time.time() - reports[-1].stat().st_mtime > 2):
+          break
+        if ended:
+          raise ValueError(
+            f"{name} could not be compiled: {process.stderr.read().strip()[-300:]}"
+          )
+        time.sleep(0.5)
+      report = reports[-1].read_text()
+
+      texts = sorted(
+        pathlib.Path(folder).glob("*after_optimizations.txt"),
+        key=lambda path: path.stat().st_size,
+      )
+      total = re.search(r"Total bytes used: (\d+)", report)
+      memory = {"temporary_bytes": int(total[1]) if total else None}
+      return facts_of(texts[-1].read_text(), memory, time.monotonic() - began)
+    finally:
+      process.kill()
+      process.wait()
+
+
+def seconds_of_a_step(results: dict) -> dict[str, float]:
+  """{method: seconds a loader batch takes on one device, by the cycles}.
+
+  Two half steps and the feed; what devices exchange is not in it.
+  """
+  programs, clock = results["programs"], CLOCK[results["about"]["chip"]]
+
+  def cycles(name):
+    return sum(programs[name]["cycles"].values())
+
+  return {
+    name: (2 * cycles(name) + cycles("feed")) / clock
+    for name in ("uniform", "l2w")
+    if {name, "feed"} <= programs.keys() and cycles(name)
+  }
+
+
+def table(results: dict, earlier: dict | None = None) -> str:
+  """The results as text; with earlier ones, as ratios to them too."""
+  lines = [
+    f"{'program':9}{'compile s':>10}{'temp MiB':>10}{'exchanged':>18}"
+    f"{'M cycles':>10}"
+    f"{'conv':>6}{'reduce':>7}{'elem.':>6}{'copies':>7}{'padded':>8}{'again':>6}"
+    f"{'fusions':>9}"
+  ]
+  for name, facts in results["programs"].items():
+    cycles = facts["cycles"]
+    total = sum(cycles.values())
+    number = sum(x["number"] for x in facts["collectives"].values())
+    exchanged = sum(x["bytes"] for x in facts["collectives"].values())
+    shares = [
+      f"{100 * cycles.get(kind, 0) / total:.0f}%" if total else "–"
+      for kind in ("convolutions", "reductions", "elementwise", "copies")
+    ]
+    lines.append(
+      f"{name:9}{facts['compile_seconds']:10.0f}"
+      f"{facts['temporary_bytes'] / 2**20:10.1f}"
+      f"{f'{number}, {exchanged / 2**20:.2f} MiB':>18}"
+      f"{total / 1e6:10.3f}{shares[0]:>6}{shares[1]:>7}{shares[2]:>6}{shares[3]:>7}"
+      f"{facts['padded']:8.2f}{facts['rematerialised']:6}{facts['fusions']:9,}"
+    )
+    before = (earlier or {}).get("programs", {}).get(name)
+    if before:
+      pairs = {
+        "temporary memory": (facts["temporary_bytes"], before["temporary_bytes"]),
+        "cycles": (total, sum(before["cycles"].values())),
+        "fusions": (facts["fusions"], before["fusions"]),
+        "compile time": (facts["compile_seconds"], before["compile_seconds"]),
+      }
+      told = [f"{what} {a / b:.2f}" for what, (a, b) in pairs.items() if b]
+      lines.append(f"{'':9}of the earlier: {', '.join(told)}")
+  for name, seconds in seconds_of_a_step(results).items():
+    rate = results["about"]["batch"] / seconds
+    lines.append(
+      f"{name}: {1e3 * seconds:.2f} ms a loader batch by the estimated cycles, "
+      f"{rate:,.0f} images/s, without what is exchanged"
+    )
+  chip = results["about"]["chip"]
+  lines.append(f"memory of a {chip} chip: {HBM[chip]} GiB")
+  return "\n".join(lines)
+
+
+def main(arguments=None) -> None:
+  """The command line."""
+  arguments = sys.argv[1:] if arguments is None else arguments
+  parser = config_parser(__doc__)
+  parser.add_argument("--topology", default="v5e:2x4", help="default %(default)s")
+  parser.add_argument("--program", choices=PROGRAMS, help="this one alone")
+  parser.add_argument("--hlo-only", action="store_true", help="generate no code")
+  parser.add_argument("--out", type=pathlib.Path, help="where results are stored")
+  parser.add_argument(
+    "--against", type=pathlib.Path, help="results of --out before"
+  )
+  options = parser.parse_args(arguments)
+  # Nothing is run, and a TPU that is here would be taken.
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
+  with one_line_errors():
+    earlier = options.against and json.loads(options.against.read_text())
+    devices = describe(options.topology)
+    chip = options.topology.partition(":")[0]
+
+    def config():
+      return l2w.load_config(options.config, dict(options.set))
+
+    results = {
+      "about": {
+        "config": options.config,
+        "overrides": dict(options.set),
+        "topology": options.topology,
+        "chip": chip,
+        "devices": len(devices),
+        "hosts": len({device.process_index for device in devices}),
+        "batch": config().batch,
+        "jax": jax.__version__,
+      },
+      "programs": {},
+    }
+    for name in [options.program] if options.program else PROGRAMS:
+      print(f"compiling {name} ...", file=sys.stderr, flush=True)
+      if options.hlo_only:
+        own = [x for x in arguments if x != "--hlo-only"]
+        results["programs"][name] = hlo_only(own, name)
+      else:
+        results["programs"][name] = compiled(name, config(), devices)
+      if options.out:
+        files.write(options.out, json.dumps(results, indent=2) + "\n")
+    print(table(results, earlier))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,264 @@
+"""A run goes on with its own config and data, and is refused with any other."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import TINY, run_main, tiny_flags
+from PIL import Image
+
+from l2w_jax import config as config_lib
+from l2w_jax.data import sources
+from l2w_jax.exits import early_exit
+from l2w_jax.results import evaluate
+from l2w_jax.run import directory
+from l2w_jax.training import checkpoint, identity
+from l2w_jax.training import loop as train
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  return shutil.copytree(finished.workdir, tmp_path / "run")
+
+
+def write_images(root, classes=("a", "b"), count=12, seed=0):
+  """PNGs of 8×8 pixels; those of two classes differ in colour."""
+  rng = np.random.default_rng(seed)
+  for split, n in (("train", count), ("test", 3)):
+    for c, name in enumerate(classes):
+      (root / split / name).mkdir(parents=True)
+      for i in range(n):
+        pixels = rng.integers(0, 120, (8, 8, 3), np.uint8)
+        pixels[..., c % 3] += 120
+        Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+  return root
+
+
+def config_of(root, feed="resident"):
+  return config_lib.load_config(
+    "configs/digits.py:uniform",
+    TINY
+    | {
+      "data.source": f"folder:{root}",
+      "data.calibration": 4,
+      "data.augment": "none",
+      "data.feed": feed,
+      "batch": 8,
+    },
+  )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+  """(workdir, root of the images): as trained, one step saved and not one done."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  root = write_images(tmp_path / "images")
+  save(tmp_path / "run", config_of(root))
+  return tmp_path / "run", root
+
+
+def save(workdir, config):
+  _, made_of = identity.open_data(workdir, config)
+  with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(0, {"step": np.int32(0)}, {"identity": made_of})
+
+
+def rename(root):
+  for split in ("train", "test"):
+    (root / split / "a").rename(root / split / "z")
+
+
+def add(root):
+  for i in range(5):
+    shutil.copy(root / "train/a/0.png", root / f"train/b/more{i}.png")
+
+
+def add_class(root):
+  shutil.copytree(root / "train/a", root / "train/c")
+
+
+def repaint(root):
+  Image.new("RGB", (8, 8)).save(root / "test/a/0.png")
+
+
+def swap(root):
+  one, other = root / "train/a/0.png", root / "train/b/0.png"
+  pixels = one.read_bytes()
+  one.write_bytes(other.read_bytes())
+  other.write_bytes(pixels)
+
+
+def enlarge(root):
+  for path in root.rglob("*.png"):
+    Image.open(path).resize((9, 9)).save(path)
+
+
+OTHERS = {
+  rename: "class 'a' is now 'z'",
+  add: "train has 25 images, was 20",
+  add_class: "there are 3 classes, were 2 (new: 'c')",
+  repaint: "pixels of test differ",
+  swap: "of train differ",
+  enlarge: "images are 9×9×3, were 8×8×3",
+}
+
+
+@pytest.mark.parametrize("feed", ["resident", "streaming"])
+@pytest.mark.parametrize("change", OTHERS, ids=lambda change: change.__name__)
+def test_other_images_are_refused_in_one_line(run, change, feed):
+  workdir, root = run
+  if feed == "streaming":
+    save(workdir.with_name("lazy"), config_of(root, feed))
+    workdir = workdir.with_name("lazy")
+  identity.open_data(workdir, config_of(root, feed))
+  change(root)
+  with pytest.raises(ValueError, match="was trained on other data") as error:
+    identity.open_data(workdir, config_of(root, feed))
+  assert OTHERS[change] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("go_on", [train.train, evaluate.evaluate])
+def test_nothing_compiles_before_images_are_compared(run, go_on, compilations):
+  workdir, root = run
+  repaint(root)
+  with pytest.raises(ValueError, match="pixels of test differ"):
+    go_on(workdir, config_of(root))
+  assert not compilations()
+
+
+def test_images_may_move_and_be_kept_otherwise(run):
+  workdir, root = run
+  before, _ = identity.open_data(workdir, config_of(root))
+  root = root.rename(root.with_name("elsewhere"))
+  after, _ = identity.open_data(workdir, config_of(root))
+  np.testing.assert_array_equal(before.train.images, after.train.images)
+  moved = root.with_name("images.npz")
+  np.savez(
+    moved,
+    class_names=["a", "b"],
+    **{
+      f"{split}_{what}": values
+      for split in ("train", "test")
+      for what, values in zip(("images", "labels"), raw(root / split), strict=True)
+    },
+  )
+  config = config_of(root)
+  config.data.source = f"npz:{moved}"
+  identity.open_data(workdir, config)
+
+
+def raw(folder):
+  paths = sorted(folder.rglob("*.png"))
+  return np.stack([np.asarray(Image.open(p)) for p in paths]), np.array(
+    ["ab".index(p.parent.name) for p in paths]
+  )
+
+
+def test_a_lost_config_json_is_restored_from_the_checkpoint(workdir, tiny_config):
+  path = workdir / "config.json"
+  before = path.read_text()
+  path.unlink()
+  tiny_config.seed = 5
+  with pytest.raises(ValueError, match="config.seed is 5 here and 0 there"):
+    train.train(workdir, tiny_config)
+  assert not path.exists()
+  assert identity.read_config(workdir).seed == 0
+  assert path.read_text() == before
+  path.write_text(json.dumps(json.loads(before) | {"seed": 5}))
+  with pytest.raises(ValueError, match="config.seed is 5 here .*; delete it, and"):
+    identity.read_config(workdir)
+
+
+def test_the_command_restores_config_json_and_refuses_another(workdir):
+  (workdir / "config.json").unlink()
+  done = run_main(
+    *tiny_flags(), f"--workdir={workdir}", "--config.optimizer.learning_rate=0.01"
+  )
+  assert done.code == 2 and "config.optimizer.learning_rate is 0.01" in done.err
+  assert not (workdir / "config.json").exists()
+  done = run_main("--mode=report", f"--workdir={workdir}")
+  assert done.code == 0 and "restored from the checkpoint" in done.err
+  assert (workdir / "config.json").exists()
+
+
+def test_checkpoints_of_early_versions_are_read_with_a_note(run, caplog):
+  workdir, root = run
+  with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(0, {"step": np.int32(0)}, {})
+  add(root)
+  identity.open_data(workdir, config_of(root))
+  assert "do not say what they were trained on" in caplog.text
+
+
+def test_a_fingerprint_is_of_images_and_labels_as_they_are_used(tiny_config):
+  dataset = sources.load(tiny_config.data)
+  found = identity.fingerprint(dataset)
+  assert found == json.loads(json.dumps(found))
+  tiny_config.data.label_noise = 0.1
+  noisy = identity.fingerprint(sources.load(tiny_config.data))
+  assert {name for name in found if found[name] != noisy[name]} == {"splits"}
+  assert noisy["splits"]["train"]["labels"] != found["splits"]["train"]["labels"]
+  assert noisy["splits"]["test"] == found["splits"]["test"]
+
+
+def test_a_changed_target_is_evaluated_and_remembered(workdir):
+  flags = [*tiny_flags(), f"--workdir={workdir}"]
+  again = run_main(*flags)
+  assert again.code == 0 and "nothing to do" in again.out
+  done = run_main(*flags, "--config.evaluate.target=q:1.5")
+  assert done.code == 0 and "nothing to do" not in done.out
+  config, results = (
+    json.loads((workdir / name).read_text())
+    for name in ("config.json", "results.json")
+  )
+  assert config["evaluate"]["target"] == results["chosen"]["target"] == "q:1.5"
+  assert results["config"] == config
+  assert "At q = 1.5: " in (workdir / "report/index.html").read_text()
+  for mode in ("export", "latency", "report"):
+    done = run_main(f"--mode={mode}", *flags)
+    assert done.code == 2 and "evaluate.target is 'q:0.75' here" in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "shapes"),
+  [
+    ("evaluate.target", "q:1", True),
+    ("evaluate.confidence", "margin", True),
+    ("evaluate.calibration", "released", True),
+    ("evaluate.every", 7, False),
+    ("log.every", 7, False),
+  ],
+)
+def test_results_are_made_again_where_a_key_shapes_them(
+  finished, tiny_config, key, value, shapes
+):
+  assert identity.is_evaluated(finished.workdir, tiny_config, "scores.npz")
+  config_lib.with_overrides(tiny_config, {key: value})
+  done = identity.is_evaluated(finished.workdir, tiny_config, "scores.npz")
+  assert done != shapes
+
+
+def test_results_of_other_weights_are_refused(workdir):
+  results = directory.read_results(workdir)
+  directory.write_results(workdir, results | {"checkpoint": "other"})
+  with pytest.raises(ValueError, match="of other weights .*--mode=evaluate again"):
+    early_exit.load(workdir)
+
+
+@pytest.mark.parametrize("trained_in_x64", [False, True])
+def test_x64_in_one_shell_only_is_named(tmp_path, trained_in_x64, caplog):
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    saved, wanted = np.float32, np.float64
+    if trained_in_x64:
+      saved, wanted = wanted, saved
+    checkpoints.save(3, {"w": np.ones(2, saved)}, {})
+  with (
+    checkpoint.Checkpoints(tmp_path) as checkpoints,
+    pytest.raises(ValueError, match="checkpoint 3 .* is sound, but") as error,
+  ):
+    checkpoints.restore({"w": np.ones(2, wanted)})
+  way = "with JAX_ENABLE_X64=1; set" if trained_in_x64 else "without JAX_ENABLE_X64"
+  assert way in str(error.value)
+  assert "delete" not in str(error.value) and not caplog.text
