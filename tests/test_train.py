@@ -225,10 +225,17 @@ def test_a_finite_loss_does_not_save_a_state_that_is_not(
 
   def broken_after(self, state, halves, step):
     state, metrics = call(self, state, halves, step)
-    # Training never reads running statistics.
-    factor = jax.numpy.where(step < 12, 1, jax.numpy.inf)
+
+    # Training reads the running mean, for the moments are taken around it, and
+    # never the running variance.
+    def broken(path, value):
+      factor = jax.numpy.where(
+        (step >= 12) & (path[-1].key == "var"), jax.numpy.inf, 1
+      )
+      return value * factor
+
     return state.replace(
-      batch_stats=jax.tree.map(lambda x: x * factor, state.batch_stats)
+      batch_stats=jax.tree_util.tree_map_with_path(broken, state.batch_stats)
     ), metrics
 
   monkeypatch.setattr(train.Step, "__call__", broken_after)
