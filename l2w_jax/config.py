@@ -237,6 +237,13 @@ KEYS = {
       "images held out of train, the same number of each class; "
       "0: none. Sources with a calibration split (digits) keep theirs",
     ),
+    "meta": _integer(
+      0,
+      0,
+      "images held out of train, the same number of each class and before noise "
+      "and imbalance, that meta halves are drawn from; 0: halves serve each "
+      "other, as published",
+    ),
     "imbalance": _number(
       1.0,
       1,
@@ -303,6 +310,12 @@ KEYS = {
       "'unroll:T' with a whole number T ≥ 1",
       "of the WPN gradient, Eq. 8; T: look-ahead of T steps on T parts of the half",
     ),
+    "look_ahead": _choice(
+      "network",
+      ("network", "classifiers"),
+      "what the SGD step of Eq. 7 moves: the network, as published, or its exit "
+      "classifiers alone, at half the price",
+    ),
     "objective": _choice(
       "allocated",
       ("allocated", "plain"),
@@ -355,10 +368,11 @@ KEYS = {
       "(diagnostics.py), the first before step 1; 0: none",
     ),
     "estimators": _tuple(
-      ("jvp", "finite_difference", "first_order", "unroll:2"),
-      lambda name: bool(estimator(name)[0]),
-      "values of config.meta.estimator",
-      "compared with the exact gradient",
+      ("jvp", "classifiers", "finite_difference", "first_order", "unroll:2"),
+      lambda name: name == "classifiers" or bool(estimator(name)[0]),
+      "values of config.meta.estimator, or 'classifiers'",
+      "compared with the exact gradient; classifiers: the exact gradient of "
+      "meta.look_ahead=classifiers",
     ),
     "half": _integer(64, 2, "images in a half, train and meta"),
     "meta_halves": _integer(8, 2, "M, meta halves for one train half"),
@@ -504,6 +518,12 @@ def _check_estimator(config: ConfigDict) -> None:
   if config.method != "l2w":
     return
   _check_first_order("meta.estimator", (name,), config)
+  if estimator(name)[0] == "unroll" and config.meta.look_ahead != "network":
+    raise ValueError(
+      f"config.meta.estimator={name!r} takes steps of the whole network; set "
+      f"config.meta.look_ahead to network (it is {config.meta.look_ahead}), or "
+      "take another estimator"
+    )
   if config.microbatches > 1 and estimator(name)[0] == "unroll":
     raise ValueError(
       f"config.meta.estimator={name!r} cuts a half by itself; set "
@@ -520,7 +540,7 @@ def _check_diagnose(config: ConfigDict) -> None:
     )
   _check_first_order("diagnose.estimators", config.diagnose.estimators, config)
   for name in config.diagnose.estimators:
-    if config.diagnose.half % estimator(name)[1]:
+    if config.diagnose.half % max(1, estimator(name)[1]):
       raise ValueError(
         f"config.diagnose.half={config.diagnose.half} does not split into the "
         f"equal parts of {name!r}; use a multiple of {estimator(name)[1]}"

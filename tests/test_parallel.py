@@ -558,6 +558,8 @@ def main():
   results["BatchNorm"] = compare_planted(
     batchnorm_alone, config, make_msdnet(), one
   )
+  config.meta.look_ahead = "classifiers"
+  _, results["msdnet classifiers"] = compare(config, make_msdnet(), [4])
   results["local linear"] = compare_local(make_config("all"), Linear())
   results["local msdnet"] = compare_local(make_config("batch"), make_msdnet())
   print(json.dumps(results))
@@ -596,6 +598,7 @@ def results():
 @pytest.mark.parametrize(
   "case",
   [
+    "msdnet classifiers",
     "linear exits",
     "linear batch",
     "linear all",

@@ -1,7 +1,9 @@
 """The feed that a loop and an evaluation read from, whichever suits the images.
 
 A feed has `halves(step)`, the two halves of the loader batch of a step, each
-{"image", "label"} on the devices and ready for the network; and `close()`.
+{"image", "label"} on the devices and ready for the network; and `close()`. With
+`data.meta` images, the meta halves that go with half 1 and half 2 follow as a third
+and a fourth.
 """
 
 from __future__ import annotations

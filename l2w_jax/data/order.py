@@ -9,6 +9,7 @@ leaves out the N mod 2B images its shuffled order ends with.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
@@ -33,6 +34,33 @@ def keys(key: Array) -> tuple[Array, Array]:
   """(order key, augmentation key) of the root key of a feed."""
   order_key, augment_key = jax.random.split(key)
   return order_key, augment_key
+
+
+def check_meta(num_meta: int, batch: int) -> None:
+  """Raises ValueError if `data.meta` holds fewer images than a meta half takes."""
+  if 0 < num_meta < batch // 2:
+    raise ValueError(
+      f"config.data.meta holds {num_meta} images, fewer than the {batch // 2} of a "
+      f"meta half; set it to {batch // 2} or more, or config.batch lower"
+    )
+
+
+def meta_rows(
+  key: Array, step: Int[Array, ""] | int, num_meta: int, batch: int
+) -> Int[Array, " rows"]:
+  """[2B] rows of both meta halves of a step, of images that `data.meta` holds out.
+
+  Each half is drawn without replacement, for the half itself and from all of them.
+
+  Args:
+    key: root key of the feed.
+    step, num_meta, batch: the step, how many images there are, and 2B.
+  """
+  # `keys` splits the root in 0 and 1; this is another.
+  keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), step))
+  return jnp.concatenate(
+    [jax.random.permutation(k, num_meta)[: batch // 2] for k in keys]
+  )
 
 
 def epoch_order(

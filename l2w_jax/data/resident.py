@@ -27,7 +27,13 @@ def arrays(dataset: Dataset) -> Batch:
   set, in another layout, to gather a few.
   """
   images = dataset.train.images
-  return {
+  meta = {}
+  if len(dataset.meta.labels):
+    meta = {
+      "meta_image": dataset.meta.images.reshape(len(dataset.meta.labels), -1),
+      "meta_label": dataset.meta.labels,
+    }
+  return meta | {
     "image": images.reshape(len(images), -1),
     "label": dataset.train.labels,
     "mean": np.asarray(dataset.mean, np.float32),
@@ -39,8 +45,10 @@ def make_halves_fn(
   config: ConfigDict,
   image_shape: tuple[int, int, int],
   devices: Collectives = ONE_DEVICE,
-) -> Callable[[Batch, UInt32[Array, "2"], Int[Array, ""]], tuple[Batch, Batch]]:
+) -> Callable[[Batch, UInt32[Array, "2"], Int[Array, ""]], tuple[Batch, ...]]:
   """(arrays, key data, step) -> this device's share of both halves of a batch.
+
+  With images of their own, the meta halves of half 1 and half 2 follow.
 
   Draws are for the whole batch and then cut, so they do not depend on the
   number of devices.
@@ -48,22 +56,37 @@ def make_halves_fn(
   batch = config.batch
 
   def halves_fn(data, key, step):
-    order_key, augment_key = order.keys(jax.random.wrap_key_data(key))
+    key = jax.random.wrap_key_data(key)
+    order_key, augment_key = order.keys(key)
     num_train = data["label"].shape[0]
     epoch, t = jnp.divmod(step, order.steps_per_epoch(num_train, batch))
     chosen = jax.lax.dynamic_slice_in_dim(
       order.epoch_order(order_key, epoch, num_train), t * batch, batch
     )
-    draws = augment.draw(config.data, jax.random.fold_in(augment_key, step), batch)
-    return tuple(
-      augment.ready(
-        config.data,
-        data["image"][rows].reshape(-1, *image_shape),
-        data["label"][rows],
-        own,
-        data,
+    augment_key = jax.random.fold_in(augment_key, step)
+
+    def halves_of(images, labels, chosen, augment_key):
+      draws = augment.draw(config.data, augment_key, batch)
+      return tuple(
+        augment.ready(
+          config.data,
+          images[rows].reshape(-1, *image_shape),
+          labels[rows],
+          own,
+          data,
+        )
+        for rows, own in devices.own_halves((chosen, draws))
       )
-      for rows, own in devices.own_halves((chosen, draws))
+
+    halves = halves_of(data["image"], data["label"], chosen, augment_key)
+    if "meta_label" not in data:
+      return halves
+    chosen = order.meta_rows(key, step, len(data["meta_label"]), batch)
+    return halves + halves_of(
+      data["meta_image"],
+      data["meta_label"],
+      chosen,
+      jax.random.fold_in(augment_key, 2),
     )
 
   return halves_fn
@@ -84,8 +107,8 @@ class ResidentFeed:
       make_halves_fn(config, dataset.image_shape, devices), num_devices
     )
 
-  def halves(self, step: int) -> tuple[Batch, Batch]:
-    """The two halves of the batch of a step, on the devices."""
+  def halves(self, step: int) -> tuple[Batch, ...]:
+    """The two halves of the batch of a step, on the devices; see `feeds`."""
     return self._halves(
       *self._arguments, parallel.replicate(np.int32(step), self._num_devices)
     )

@@ -96,6 +96,7 @@ class Dataset(NamedTuple):
   """An image set.
 
   calibration: empty if everything is trained on.
+  meta: what meta halves are drawn from; empty if that is train, as published.
   mean, std: [channels] of the train pixels, for normalisation.
   class_names: C strings.
   """
@@ -106,6 +107,15 @@ class Dataset(NamedTuple):
   class_names: tuple[str, ...]
   mean: np.ndarray
   std: np.ndarray
+  meta: Split = Split(np.zeros((0, 0, 0, 0), np.uint8), np.zeros(0, np.int32))
+
+  @property
+  def splits(self) -> dict[str, Split]:
+    """All splits by name, meta only where there is one."""
+    names = ("train", "calibration", "test") + ("meta",) * bool(
+      len(self.meta.labels)
+    )
+    return {name: getattr(self, name) for name in names}
 
   @property
   def num_classes(self) -> int:
@@ -147,6 +157,11 @@ def load(config: ConfigDict) -> Dataset:
   _check_crops(config)
   source = openers[kind](where, config)
   streams = _streams(source.train, config)
+  if streams and config.meta:
+    raise ValueError(
+      f"config.data.meta={config.meta} needs images that stay on the devices, and "
+      f"{config.source} streams; set config.data.feed=resident, or meta to 0"
+    )
   if streams and importlib.util.find_spec("grain") is None:
     raise ValueError(
       f"{config.source} needs the streaming feed, and that needs "
@@ -173,6 +188,10 @@ def load(config: ConfigDict) -> Dataset:
     train, calibration = train.keep(~held_out), train.keep(held_out)
   else:
     calibration = _open(source.calibration, config, streams)
+  for_meta = splits.hold_out(
+    train.labels, num_classes, config.meta, config.seed, "meta"
+  )
+  train, meta = train.keep(~for_meta), train.keep(for_meta)
   if config.imbalance > 1:
     train = train.keep(
       splits.long_tail(train.labels, num_classes, config.imbalance, config.seed)
@@ -192,7 +211,7 @@ def load(config: ConfigDict) -> Dataset:
       " and ".join(f"{value:g}" for value in mean[constant]),
     )
     std = np.where(std == 0, 1.0, std)
-  return Dataset(train, calibration, test, class_names, mean, std)
+  return Dataset(train, calibration, test, class_names, mean, std, meta)
 
 
 def _check_crops(config: ConfigDict) -> None:

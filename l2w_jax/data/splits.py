@@ -9,9 +9,15 @@ import numpy as np
 
 
 def hold_out(
-  labels: np.ndarray, num_classes: int, count: int, seed: int
+  labels: np.ndarray,
+  num_classes: int,
+  count: int,
+  seed: int,
+  key: str = "calibration",
 ) -> np.ndarray:
   """[N] bool: `count` samples for calibration, the same number of every class.
+
+  Or, where `key` is meta, for meta halves; `config.data` has the count under it.
 
   Every class gives count // C samples; the first classes in a seeded order give
   one more until the count is reached.
@@ -24,19 +30,19 @@ def hold_out(
     return held_out
   if count < num_classes:
     raise ValueError(
-      f"config.data.calibration={count} holds no image out of some of the "
+      f"config.data.{key}={count} holds no image out of some of the "
       f"{num_classes} classes; set it to {num_classes} or more, or to 0 to "
       "train on everything"
     )
-  rng = np.random.default_rng((seed, 0))
+  rng = np.random.default_rng((seed, {"calibration": 0, "meta": 3}[key]))
   for i, label in enumerate(rng.permutation(num_classes)):
     own = np.flatnonzero(labels == label)
     share = count // num_classes + (i < count % num_classes)
     if share >= len(own):
       raise ValueError(
         f"cannot hold {share} of the {len(own)} train images of class {label} "
-        f"out for calibration; set config.data.calibration below {count}, or "
-        "to 0 to train on everything"
+        f"out for {key}; set config.data.{key} below {count}, or to 0 to train on "
+        "everything"
       )
     held_out[rng.permutation(own)[:share]] = True
   return held_out

@@ -5,9 +5,10 @@ method
 
     stage(k, carry, mode) -> (carry, logits [B C] of exit k)
 
-where the carry of stage 0 is the images. Training, cost per exit and real early
-exits all run the same stages. Variables are {"params": …, "batch_stats": …}, the
-second empty without BatchNorm.
+where the carry of stage 0 is the images. Its exit classifiers are submodules whose
+names start with classifier. Training, cost per exit and real early exits all run
+the same stages. Variables are {"params": …, "batch_stats": …}, the second empty
+without BatchNorm.
 """
 
 from __future__ import annotations
@@ -93,6 +94,23 @@ class Backbone:
       self.module.init, jax.random.key(0), mode=EVALUATE, method=_all_stages
     )
     return jax.eval_shape(declare, jnp.zeros((1, *self.image_shape)))
+
+  @property
+  def exit_modules(self) -> tuple[str, ...]:
+    """Names of the submodules that are exit classifiers.
+
+    Raises:
+      ValueError: the module has no submodule named classifier….
+    """
+    names = tuple(self._declared["params"])
+    found = tuple(name for name in names if name.startswith("classifier"))
+    if not found:
+      raise ValueError(
+        f"{type(self.module).__name__} has no submodule whose name starts with "
+        f"classifier, only {', '.join(names)}; name its exit classifiers so, or "
+        "set config.meta.look_ahead=network"
+      )
+    return found
 
   def init(self, key: Array) -> Variables:
     """Fresh variables: parameters from `key`, running mean 0 and variance 1."""

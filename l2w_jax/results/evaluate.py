@@ -31,6 +31,7 @@ from l2w_jax.run.progress import Progress
 from l2w_jax.training import checkpoint, diagnostics, identity
 from l2w_jax.training import scores as scores_lib
 from l2w_jax.training.scores import Scores
+from l2w_jax.training.state import init_wpn, split_seed
 
 SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
 SPLITS = "calibration", "test"
@@ -52,10 +53,10 @@ def evaluate(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
   """
   began = time.monotonic()
   exit_targets.parse(config.evaluate.target)
-  diagnoses, kept = [], None
+  kept, metrics = None, {"diagnose": [], "weights": []}
   if parallel.is_writer():
-    if config.diagnose.every:
-      diagnoses = directory.read_metrics(workdir)["diagnose"]
+    if (workdir / "metrics.jsonl").exists():
+      metrics = directory.read_metrics(workdir)
     kept = _kept(workdir, config)
   if parallel.from_writer(kept is None):
     kept = _score(workdir, config)
@@ -73,8 +74,12 @@ def evaluate(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
     about["calibration"],
     about["confidence"],
   )
-  if diagnoses:
-    results["diagnostics"] = diagnostics.summarize(diagnoses)
+  if config.diagnose.every and metrics["diagnose"]:
+    results["diagnostics"] = diagnostics.summarize(metrics["diagnose"])
+  if (
+    metrics["weights"] and {"count", "std_weight"} <= metrics["weights"][-1].keys()
+  ):
+    results["weights"] = diagnostics.learned(metrics["weights"][-1])
   with checkpoint.Checkpoints(workdir) as checkpoints:
     trained = checkpoints.info()
   results["seconds"] = trained["seconds"] | {"evaluate": time.monotonic() - began}
@@ -182,6 +187,9 @@ def _score(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
     for split, scores in zip(SPLITS, (calibration, test), strict=True)
     for name, array in scores._asdict().items()
   }
+  if config.method == "l2w":
+    start = init_wpn(split_seed(config.seed).init, config, backbone.num_exits)
+    about["wpn_distance"] = diagnostics.relative_error(state.wpn_params, start)
   if parallel.is_writer():
     _write_samples(workdir, dataset, calibration, test, backbone.macs, config)
     files.write_arrays(workdir / "scores.npz", about=json.dumps(about), **arrays)

@@ -28,6 +28,13 @@ ESTIMATOR_COLUMNS = {
   "temporary_bytes": ("temporary MiB", 2**20, ",.1f"),
   "ms": ("ms", 1, ",.1f"),
 }
+# "kind" of learned weights -> what they are called.
+WEIGHTS = {
+  "none": "all alike",
+  "exits": "exit weights: what tells them apart is the exit",
+  "both": "exit weights and sample weights",
+  "samples": "sample weights: what tells them apart is the sample",
+}
 CONFIDENCES = {
   "probability": "largest softmax probability",
   "margin": "margin (largest less second softmax probability)",
@@ -152,6 +159,8 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
     "samples_q": f"{float(samples['q']):g}",
     "estimators": lines and estimators(lines),
     "training_gist": f"{results['step']:,} steps",
+    "weights_line": _weights_line(results) if "weights" in results else "",
+    "weights_table": _weights_table(results) if "weights" in results else None,
     "no_weights": (
       "Method uniform weighs every sample alike, so there are no weights to show."
       if results["method"] == "uniform"
@@ -159,6 +168,34 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
     ),
     "settings": json.dumps(settings, indent=2, ensure_ascii=False),
   }
+
+
+def _weights_line(results: dict) -> str:
+  """What the weights of the last epoch tell apart, and how far Φ has come."""
+  found = results["weights"]
+  line = (
+    f"At the end these are {WEIGHTS.get(found['kind'], found['kind'])} "
+    f"({100 * found['exit_share']:.0f} % of their variance lies between exits"
+  )
+  if "wpn_distance" in results:
+    line += (
+      f"; the WPN has moved by {100 * results['wpn_distance']:.0f} % of its length"
+    )
+  return line + ")."
+
+
+def _weights_table(results: dict) -> tuple[list[str], list[list]]:
+  """The weights of the last epoch, by exit."""
+  found = results["weights"]
+  return (
+    ["exit", "mean weight", "standard deviation", "rank correlation with loss"],
+    [
+      [k + 1, f"{mean:.3f}", f"{std:.3f}", "–" if rank is None else f"{rank:+.2f}"]
+      for k, (mean, std, rank) in enumerate(
+        zip(found["mean"], found["std"], found["rank_correlation"], strict=True)
+      )
+    ],
+  )
 
 
 def sentence(results: dict) -> str:

@@ -117,6 +117,13 @@ RESULTS_SHAPE = {
     "exits",
   ),
 }
+RESULTS_SHAPE["weights?"] = {
+  "kind": TEXT,
+  "exit_share": NUMBER,
+  "mean": _PER_EXIT,
+  "std": _PER_EXIT,
+  "rank_correlation": Many(Maybe(NUMBER), "exits"),
+}
 LATENCY_SHAPE = {
   "step": COUNT,
   **dict.fromkeys(("checkpoint", "target", "confidence"), TEXT),

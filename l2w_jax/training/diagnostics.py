@@ -14,7 +14,8 @@ to the next is the network, and nothing a diagnosis does moves the run.
   below 0. Exit k has those parameters that make the WPN's k-th output.
 - Cost: XLA's operations and temporary memory of the compiled meta-gradient, its
   forward pass at Θ included, the real update not; milliseconds of a call.
-- Weights: their mean against loss and against confidence at each exit, and of the
+- Weights: which of exits and samples they tell apart, see `learned`; their mean
+  against loss and against confidence at each exit, and of the
   easiest and the hardest quarter of the samples by mean loss over exits.
 """
 
@@ -46,6 +47,8 @@ from l2w_jax.training.step import (
 EXACT = "grad"
 BINS = 10  # of loss and of confidence
 QUARTER = 4  # easy and hard samples are this part of a half, each
+ALIKE = 0.02  # standard deviation below which weights are called all alike
+MOSTLY = 0.8  # share of the weights' variance from which it is called by its cause
 
 
 class Probe(NamedTuple):
@@ -115,12 +118,14 @@ def compile_estimator(
   """The meta-gradient by one estimator, without the real update.
 
   Args:
-    name: as `config.meta.estimator`.
+    name: as `config.meta.estimator`, or "classifiers", see `meta.look_ahead`.
     backbone, config, steps_per_epoch: those of the run.
     state, probe: give the shapes; nothing is computed.
   """
   config = config.copy_and_resolve_references()
-  config.meta.update(estimator=name, interval=1)
+  look_ahead = "classifiers" if name == "classifiers" else "network"
+  name = EXACT if name == "classifiers" else name
+  config.meta.update(estimator=name, look_ahead=look_ahead, interval=1)
   config.microbatches = 1
   half_step = make_half_step(backbone, config, steps_per_epoch=steps_per_epoch)
 
@@ -246,6 +251,58 @@ def describe_weights(
     "easy_weight": easy.tolist(),
     "hard_weight": hard.tolist(),
   }
+
+
+def learned(line: dict[str, Any]) -> dict[str, Any]:
+  """The "weights" entry of results.json: what kind of weights a run has learned.
+
+  exit_share: of the variance of all weights, the share that the means of the exits
+  explain. mean and std [K]: of the weights at an exit. rank_correlation [K]: of
+  loss and mean weight over the loss bins, each as heavy as its samples are many;
+  None where the weights are all alike. kind: what they tell apart, "exits",
+  "samples", "both" or "none" of them.
+
+  Args:
+    line: of kind "weights" in metrics.jsonl.
+  """
+  counts = np.asarray(line["count"], float)
+  mean, std = (
+    np.nan_to_num(np.asarray(line[name], float))
+    for name in ("mean_weight", "std_weight")
+  )
+  share = counts / counts.sum(axis=1, keepdims=True)
+  of_exit = (share * mean).sum(axis=1)
+  within = (share * (std**2 + (mean - of_exit[:, None]) ** 2)).sum(axis=1)
+  total = within.mean() + of_exit.var()
+  by_exits = float(of_exit.var() / total) if total else 0.0
+  if total < ALIKE**2:
+    kind = "none"
+  elif by_exits > MOSTLY:
+    kind = "exits"
+  else:
+    kind = "samples" if by_exits < 1 - MOSTLY else "both"
+  return {
+    "kind": kind,
+    "exit_share": by_exits,
+    "mean": of_exit.tolist(),
+    "std": np.sqrt(within).tolist(),
+    "rank_correlation": [
+      _rank_correlation(m, n) for m, n in zip(mean, counts, strict=True)
+    ],
+  }
+
+
+def _rank_correlation(values: np.ndarray, counts: np.ndarray) -> float | None:
+  """Spearman's, of the bin and its value, for `counts` samples in each bin."""
+  values, counts = values[counts > 0], counts[counts > 0]
+  # A sample's rank is the middle of those that are as large as it.
+  ranks = [np.cumsum(counts) - counts / 2]
+  smaller = (values[None] < values[:, None]) @ counts
+  equal = (values[None] == values[:, None]) @ counts
+  ranks.append(smaller + equal / 2)
+  x, y = (rank - np.average(rank, weights=counts) for rank in ranks)
+  norm = np.sqrt((counts @ x**2) * (counts @ y**2))
+  return float(counts @ (x * y) / norm) if norm else None
 
 
 class Diagnosis:

@@ -58,11 +58,7 @@ def fingerprint(dataset: sources.Dataset) -> dict[str, Any]:
         "pixels": _sha256(getattr(split.images, "digests", split.images)),
         "labels": _sha256(split.labels),
       }
-      for name, split in zip(
-        ("train", "calibration", "test"),
-        (dataset.train, dataset.calibration, dataset.test),
-        strict=True,
-      )
+      for name, split in dataset.splits.items()
     },
   }
 

@@ -99,19 +99,20 @@ class Step:
   def compile(self, state: TrainState, halves: tuple) -> None:
     """Compiles what `__call__` runs, for arguments like these."""
     self._half_steps = {
-      update: half_step.lower(state, *halves, self._keys[0]).compile()
+      update: half_step.lower(state, *halves[:2], self._keys[0]).compile()
       for update, half_step in self._half_steps.items()
     }
 
   def __call__(self, state: TrainState, halves: tuple, step: int):
     """(state after the step, metrics of (half 1, half 2)); see the class."""
-    first, second = halves
+    first, second, *meta_halves = halves
+    of_first, of_second = meta_halves or (second, first)
     half_step = self._half_steps[
       updates_wpn(self._config, self._steps_per_epoch, step)
     ]
-    state, of_first = half_step(state, first, second, self._keys[0])
-    state, of_second = half_step(state, second, first, self._keys[1])
-    return state.replace(step=self._next(state.step)), (of_first, of_second)
+    state, one = half_step(state, first, of_first, self._keys[0])
+    state, two = half_step(state, second, of_second, self._keys[1])
+    return state.replace(step=self._next(state.step)), (one, two)
 
 
 def train(workdir: files.Path, config: ConfigDict) -> bool:
@@ -159,6 +160,7 @@ class _Loop:
     self._steps_per_epoch = order.steps_per_epoch(
       len(dataset.train.labels), config.batch
     )
+    order.check_meta(len(dataset.meta.labels), config.batch)
     self._total = config.epochs * self._steps_per_epoch
     self._schedule, _ = learning_rates(config, self._steps_per_epoch)
     self._seconds = {"train": 0.0, "compile": 0.0}

@@ -89,16 +89,11 @@ def apply_updates(params: PyTree, updates: PyTree, learning_rate) -> PyTree:
 
 def init_state(key: Array, backbone: Backbone, config: ConfigDict) -> TrainState:
   """State before the first step; the same backbone for every method."""
-  backbone_key, wpn_key = jax.random.split(key)
+  backbone_key, _ = jax.random.split(key)
   variables = backbone.init(backbone_key)
   wpn_params, wpn_opt_state = {}, ()
   if config.method == "l2w":
-    wpn_params = wpn.init(
-      wpn_key,
-      weighting.num_features(config.meta.inputs, backbone.num_exits),
-      (config.meta.hidden,) * config.meta.layers,
-      backbone.num_exits,
-    )
+    wpn_params = init_wpn(key, config, backbone.num_exits)
     wpn_opt_state = adam(config.meta).init(wpn_params)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -107,6 +102,17 @@ def init_state(key: Array, backbone: Backbone, config: ConfigDict) -> TrainState
     opt_state=sgd(config.optimizer).init(variables["params"]),
     wpn_params=wpn_params,
     wpn_opt_state=wpn_opt_state,
+  )
+
+
+def init_wpn(key: Array, config: ConfigDict, num_exits: int) -> PyTree:
+  """Φ before the first step; see `init_state`."""
+  _, key = jax.random.split(key)
+  return wpn.init(
+    key,
+    weighting.num_features(config.meta.inputs, num_exits),
+    (config.meta.hidden,) * config.meta.layers,
+    num_exits,
   )
 
 

@@ -189,15 +189,31 @@ def _meta_gradient(backbone, config, devices):
   # Two exact roads; the second forgets what the first would keep meanwhile.
   name = "jvp" if name == "grad" and config.model.remat else name
 
+  # Of Θ, what Eq. 7 moves; the rest of Θ̂ is that of Θ.
+  exits_alone = config.meta.look_ahead == "classifiers"
+  exit_modules = backbone.exit_modules if exits_alone else ()
+
+  def moves(params):
+    return {name: params[name] for name in exit_modules} if exits_alone else params
+
   def meta_gradient(
     state, train_half, meta_half, forward, losses_fn, pull, weights_fn, rate
   ):
+    def whole(moved):
+      return {**state.params, **moved}
+
+    def pull_moved(weights):
+      return (moves(pull(weights)[0]),)
+
     def sgd_step(gradient):
-      return inner_sgd_step(optimizer, state, devices.mean(gradient), rate)
+      # One program for all of Θ; XLA leaves out what `moves` does not take.
+      zeros = jax.tree.map(jnp.zeros_like, state.params)
+      gradient = {**zeros, **devices.mean(gradient)}
+      return moves(inner_sgd_step(optimizer, state, gradient, rate))
 
     def look_ahead(wpn_params):
       if name == "grad":
-        return meta.pseudo_update(pull, weights_fn(wpn_params), sgd_step)
+        return meta.pseudo_update(pull_moved, weights_fn(wpn_params), sgd_step)
       parts = microbatches.cut(train_half, num_parts)
       return meta.unrolled_update(
         inner_step(config, devices, optimizer, forward, wpn_params, rate),
@@ -206,15 +222,21 @@ def _meta_gradient(backbone, config, devices):
       )
 
     def slopes_fn(direction):
-      losses_of = (lambda params: losses_fn(params)[0], state.params, direction)
+      losses_of = (
+        lambda moved: losses_fn(whole(moved))[0],
+        moves(state.params),
+        direction,
+      )
       if name == "first_order":
         return estimators.first_order(*losses_of, devices.mean)
       return estimators.SLOPES[name](*losses_of)
 
-    meta_loss_fn = functools.partial(meta_objective, state.batch_stats, meta_half)
+    def meta_loss_fn(moved):
+      return meta_objective(state.batch_stats, meta_half, whole(moved))
+
     if name in estimators.SLOPES:
       (meta_loss, allocated), gradient = estimators.wpn_gradient(
-        state.wpn_params, pull, weights_fn, sgd_step, meta_loss_fn, slopes_fn
+        state.wpn_params, pull_moved, weights_fn, sgd_step, meta_loss_fn, slopes_fn
       )
     else:
       (meta_loss, allocated), gradient = meta.wpn_gradient(
