@@ -188,6 +188,9 @@ def load(config: ConfigDict) -> Dataset:
     train, calibration = train.keep(~held_out), train.keep(held_out)
   else:
     calibration = _open(source.calibration, config, streams)
+    _check_labels(
+      calibration.labels, num_classes, f"calibration split of {config.source}"
+    )
   for_meta = splits.hold_out(
     train.labels, num_classes, config.meta, config.seed, "meta"
   )
@@ -395,7 +398,7 @@ def _digits(where: str, config: ConfigDict) -> Source:
 def _npz(where: str, config: ConfigDict) -> Source:
   """train_images, train_labels, test_images, test_labels in one .npz file.
 
-  class_names is optional.
+  calibration_images and calibration_labels are optional, and so is class_names.
   """
   path = pathlib.Path(where)
   if not path.is_file():
@@ -408,7 +411,14 @@ def _npz(where: str, config: ConfigDict) -> Source:
     _checked(path, name, found[f"{name}_images"], found[f"{name}_labels"])
     for name in ("train", "test")
   )
-  count = 1 + max(int(split.labels.max()) for split in (train, test))
+  calibration = None
+  if "calibration_images" in found:
+    calibration = _checked(
+      path, "calibration", found["calibration_images"], found["calibration_labels"]
+    )
+  count = 1 + max(
+    int(split.labels.max()) for split in (train, test, calibration or test)
+  )
   if "class_names" not in found and count > len(train.labels):
     raise ValueError(
       f"labels in {path} go up to {count - 1}, with {len(train.labels)} train "
@@ -424,7 +434,7 @@ def _npz(where: str, config: ConfigDict) -> Source:
     )
   class_names = tuple(map(names.readable, class_names.ravel().tolist()))
   names.check(class_names, str(path))
-  return Source(train, test, class_names)
+  return Source(train, test, class_names, calibration)
 
 
 def _read_npz(path: pathlib.Path, wanted: list[str]) -> dict[str, np.ndarray]:
@@ -438,6 +448,9 @@ def _read_npz(path: pathlib.Path, wanted: list[str]) -> dict[str, np.ndarray]:
         f"{path} is not an .npz file ({error}); it must hold "
         f"{', '.join(wanted)}, as np.savez writes them"
       ) from error
+    calibration = ["calibration_images", "calibration_labels"]
+    if set(calibration) & set(held):
+      wanted = wanted + calibration
     missing = [name for name in wanted if name not in held]
     if missing:
       raise ValueError(
