@@ -1,17 +1,18 @@
 """Setting C of experiments/protocol.md: 40 % wrong labels and clean meta images.
 
-CIFAR-100 at 16×16, weights centred over batch and exits together, so that a sample
-can be weighted down as a whole; experiments/make_sets.py writes the set.
+The set of two populations, and weights centred over batch and exits together, so
+that a sample can be weighted down as a whole.
 """
+
+import pathlib
 
 from l2w_jax import config as l2w_config
 
 
 def get_config(method="l2w"):
   """`method` is l2w or uniform."""
-  config = l2w_config.load_config(
-    str(__file__).replace("label_noise", "starved_exits") + f":{method}"
-  )
+  populations = pathlib.Path(__file__).with_name("populations.py")
+  config = l2w_config.load_config(f"{populations}:{method}")
   config.data.label_noise = 0.4
   config.data.meta = 2_000
   config.meta.center_over = "all"
