@@ -2,10 +2,10 @@
 
     python experiments/endpoint.py experiments/results/populations
 
-reads FOLDER/ARM-SEED/results.json, or the same file under the name ARM-SEED.json, and
-prints for every arm the mean test accuracy with early exits over the budgets
-q = 0.5 … 1.0, in percent, its difference to the first arm, seed by seed, with a 95 %
-t interval, and the two-sided p value; the accuracy at q = 0.7 and of each exit
+reads FOLDER/ARM-SEED/results.json, or the same file under the name ARM-SEED.json.
+For every arm it prints the mean test accuracy with early exits over the budgets
+q = 0.5 … 1.0, in percent, its difference to the first arm, seed by seed, with a
+95 % t interval, and the two-sided p value; the accuracy at q = 0.7 and of each exit
 likewise. --reference names the arm that the others are compared with.
 """
 
