@@ -16,4 +16,5 @@ def get_config(method="l2w"):
   config.data.label_noise = 0.4
   config.data.meta = 2_000
   config.meta.center_over = "all"
+  config.meta.epsilon = 0.5  # weights stay at 0 or above
   return config
