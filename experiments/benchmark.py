@@ -3,14 +3,15 @@
     python experiments/benchmark.py configs/cifar100_msdnet.py \
         --set batch=128 --out cifar100.json
 
-compiles a forward pass and the half steps of uniform, of l2w, and of l2w between
-two updates of its WPN, times them in turn on the same random images, and prints and
-stores a table. Each piece is stored when it is done, and compiled programs in a
-folder beside the file; the same command again does only what is missing. --remat
-adds both steps with model.remat, --pytorch the same forward pass and steps in plain
-PyTorch (pytorch_step.py, pip install "l2w_jax[torch]"), run in turn with ours, and
---compile-only measures no time: it needs no memory for the images, so any size can
-be asked.
+compiles a forward pass and the half steps of uniform, of l2w, of l2w with a
+look-ahead of the classifiers, and of l2w between two updates of its WPN. It times
+them in turn on the same random images, and prints and stores a table. Each piece is
+stored when it is done, and compiled programs in a folder beside the file; the same
+command again does only what is missing. --remat adds both steps with model.remat,
+--pytorch the same forward pass and steps in plain PyTorch (pytorch_step.py, pip
+install "l2w_jax[torch]"), run in turn with ours, and --compile-only times nothing:
+it needs no memory for the images, so any size can be asked. --topology=v5e:2x4 asks
+the compiler of a TPU that need not be there, with the options of topology.py.
 
 A step is two calls of one program, its half step. Milliseconds and operations,
 which are XLA's own count, are those of both; memory is what the program needs
@@ -50,6 +51,11 @@ WITHOUT = "l2w, no WPN update"
 STEPS = {  # program: what it changes in the config
   "uniform": {"method": "uniform", "model.remat": False},
   "l2w": {"method": "l2w", "model.remat": False},
+  "l2w, classifiers": {
+    "method": "l2w",
+    "model.remat": False,
+    "meta.look_ahead": "classifiers",
+  },
   WITHOUT: {"method": "l2w", "model.remat": False},
 }
 REMAT = {
@@ -506,6 +512,11 @@ def main(arguments=None) -> None:
     type=int,
     help="times each program runs (default %(default)s)",
   )
+  arguments = sys.argv[1:] if arguments is None else arguments
+  if any(x.partition("=")[0] == "--topology" for x in arguments):
+    import topology
+
+    return topology.main(arguments)
   options = parser.parse_args(arguments)
   with one_line_errors():
     backend.check()

@@ -12,10 +12,12 @@ _HOME = {
   "config": "l2w_jax.config",
   "convert": "l2w_jax.convert",
   "early_exit": "l2w_jax.exits.early_exit",
+  "evaluate": "l2w_jax.results.evaluate:evaluate",
   "exit_policy": "l2w_jax.exits.policy",
   "init_state": "l2w_jax.training.state:init_state",
   "load_config": "l2w_jax.config:load_config",
   "make_train_step": "l2w_jax.training.step:make_train_step",
+  "train": "l2w_jax.training.loop:train",
 }
 __all__ = list(_HOME)
 

@@ -61,6 +61,7 @@ def test_the_step_stays_at_its_floor_of_operations(measured):
   # 10 forward passes against 3. A second forward pass for the real update
   # would make it 3.67 and fail; the tiny network's WPN weighs little.
   assert 3.2 < flops["l2w"] / flops["uniform"] < 3.5
+  assert flops["l2w, classifiers"] < 1.8 * flops["uniform"]
 
 
 def test_the_table_has_a_line_for_each(measured):

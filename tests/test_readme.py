@@ -1,4 +1,4 @@
-"""The README's worked examples run as they are printed there."""
+"""The worked examples of the README and of docs/ run as they are printed there."""
 
 import re
 import sys
@@ -14,26 +14,71 @@ from conftest import ROOT
 import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax import models
+from l2w_jax.data import sources
 from l2w_jax.method import baselines
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.training import step as train_step
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+  path.name: path.read_text(encoding="utf-8")
+  for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 
 
-def section(title: str) -> list[str]:
-  """The Python blocks under one heading."""
-  found = re.search(rf"^### {title}\n(.*?)^##", README, re.DOTALL | re.MULTILINE)
+def section(page: str, title: str) -> list[str]:
+  """The Python blocks under one heading of the second level."""
+  found = re.search(
+    rf"^## {title}\n(.*?)(?=^## |\Z)", PAGES[page], re.DOTALL | re.MULTILINE
+  )
   return re.findall(r"```python\n(.*?)```", found[1], re.DOTALL)
+
+
+def test_every_python_block_is_run_below_or_marked():
+  blocks = {
+    page: len(re.findall(r"^```python$", text, re.MULTILINE))
+    for page, text in PAGES.items()
+  }
+  assert {page: n for page, n in blocks.items() if n} == {
+    "README.md": 1,
+    "early-exits.md": 1,
+    "extend.md": 6,
+    "run-directory.md": 1,
+  }
+
+
+def test_links_lead_somewhere():
+  for page, text in PAGES.items():
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+      assert (folder / target).exists(), f"{page}: {target}"
+
+
+def test_the_lines_from_python_run_as_printed(tmp_path, monkeypatch, capsys):
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  monkeypatch.chdir(tmp_path)
+  (code,) = section("README.md", "From Python")
+  exec(code, {})
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 3 and lines[2].endswith("% of the cost of the whole network")
+  assert (tmp_path / "runs/short/results.json").exists()
+
+
+def test_the_lines_of_early_exits_run(finished, tiny_config):
+  (code,) = re.findall(r"```python\n(.*?)```", PAGES["early-exits.md"], re.DOTALL)
+  code = code.replace("runs/digits", str(finished.workdir))
+  images = sources.load(tiny_config.data).test.images[:20]
+  scope = {"images": images}
+  exec(code.replace("accuracy:0.85", "accuracy:0.05"), scope)
+  assert len(scope["answers"].exit) == 20 and min(scope["answers"].exit) >= 1
 
 
 @pytest.fixture
 def plain(monkeypatch):
-  """The README's backbone, with its three tables extended as it says."""
-  source, table, keys, small = section("A backbone")
+  """The page's backbone, with its three tables extended as it says."""
+  source, table, keys, small = section("extend.md", "A backbone")
   module = types.ModuleType("l2w_jax.models.plain")
   monkeypatch.setitem(sys.modules, module.__name__, module)
-  exec(compile(source, "README.md", "exec"), module.__dict__)
+  exec(compile(source, "extend.md", "exec"), module.__dict__)
   scope = dict(vars(models), Plain=module.Plain)
   exec(table, scope)
   monkeypatch.setattr(models, "BACKBONES", scope["BACKBONES"])
@@ -85,7 +130,7 @@ def test_the_backbone_needs_no_table_to_be_trained(plain):
 
 
 def test_the_weighting_rule_is_what_it_says():
-  source, _ = section("A weighting rule")
+  source, _ = section("extend.md", "A weighting rule")
   scope = dict(vars(baselines))
   exec(source, scope)
   # p = 1, ½, ½ and ¼: (1 - p)² is 0, ¼, ¼ and 9/16.
@@ -98,7 +143,7 @@ def test_the_weighting_rule_is_what_it_says():
 
 
 def test_the_lines_that_read_results_read_them(finished, monkeypatch, capsys):
-  (code,) = section("results.json")
+  (code,) = section("run-directory.md", "results.json")
   code = code.replace("runs/digits", str(finished.workdir))
   exec(code, {})
   lines = capsys.readouterr().out.splitlines()
@@ -108,7 +153,7 @@ def test_the_lines_that_read_results_read_them(finished, monkeypatch, capsys):
 def test_the_lowest_versions_are_those_of_setup():
   setup = (ROOT / "setup.py").read_text(encoding="utf-8")
   floors = re.findall(r'^    "([\w-]+)(?:\[.*\])?>=([\d.]+)', setup, re.MULTILINE)
-  table = README.split("## Versions")[1].split("\n## ")[0]
+  table = PAGES["verification.md"].split("## Versions")[1].split("\n## ")[0]
   rows = re.findall(r"^\| `([\w-]+)`[^|]*\| ([\d.]+) \|", table, re.MULTILINE)
   assert rows == floors and len(floors) > 10
   (excluded,) = re.findall(r'"jax>=[\d.]+,(.*)"', setup)

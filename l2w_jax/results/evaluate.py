@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from collections.abc import Iterable
 from importlib import metadata
@@ -37,7 +38,7 @@ SAMPLES_AT_Q = 15 / 20  # budget at which sample pictures are shown
 SPLITS = "calibration", "test"
 
 
-def evaluate(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
+def evaluate(workdir: str | os.PathLike, config: ConfigDict) -> dict[str, Any]:
   """Scores the latest checkpoint; writes results.json and what it follows from.
 
   scores.npz keeps the scores of both splits: where nothing but the target is new,
@@ -51,7 +52,7 @@ def evaluate(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
     ValueError: no checkpoint in the workdir, NaN logits, or a target that no
       thresholds reach.
   """
-  began = time.monotonic()
+  workdir, began = files.path(workdir), time.monotonic()
   exit_targets.parse(config.evaluate.target)
   kept, metrics = None, {"diagnose": [], "weights": []}
   if parallel.is_writer():

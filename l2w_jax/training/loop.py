@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import sys
 import time
 from typing import Any
@@ -115,7 +116,7 @@ class Step:
     return state.replace(step=self._next(state.step)), (one, two)
 
 
-def train(workdir: files.Path, config: ConfigDict) -> bool:
+def train(workdir: str | os.PathLike, config: ConfigDict) -> bool:
   """Trains to the last epoch, from the latest checkpoint if there is one.
 
   Returns:
@@ -127,6 +128,7 @@ def train(workdir: files.Path, config: ConfigDict) -> bool:
       training diverged.
     SystemExit: a signal asked to stop, and all is saved.
   """
+  workdir = files.path(workdir)
   num_devices = parallel.count_devices(config.num_devices)
   unrolled = (
     config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1

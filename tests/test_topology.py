@@ -1,0 +1,93 @@
+"""What a TPU's compiler makes of the programs; skipped without libtpu.
+
+Each program is compiled in a process of its own, as libtpu can be loaded once.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import topology  # noqa: E402
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+  ),
+]
+
+
+def compile_for(tmp_path, config, program, described, **overrides):
+  """What topology.py stores of a program."""
+  out = tmp_path / "out.json"
+  flags = [f"--set={key}={value}" for key, value in overrides.items()]
+  done = subprocess.run(
+    [sys.executable, "experiments/benchmark.py", f"configs/{config}.py", *flags]
+    + [f"--topology={described}", f"--program={program}", f"--out={out}"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    # As a user would, at the compiler's own level of optimisation.
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    timeout=500,
+  )
+  if "no devices of" in done.stderr:
+    pytest.skip(done.stderr.strip().splitlines()[-1])
+  assert done.returncode == 0, done.stderr
+  found = json.loads(out.read_text())
+  return found["about"], found["programs"][program]
+
+
+def number(facts, kind):
+  return facts["collectives"].get(kind, {"number": 0})["number"]
+
+
+def test_the_feed_makes_no_copy_of_the_set_and_has_no_loop(tmp_path):
+  about, facts = compile_for(tmp_path, "cifar100_msdnet", "feed", "v5e:2x4")
+  assert (about["devices"], about["hosts"]) == (8, 1)
+  # A re-laid-out copy of 45,000 images took 552 MB, and a loop of crops 7 M cycles.
+  assert facts["temporary_bytes"] < 8 * 2**20
+  assert sum(facts["cycles"].values()) < 500_000
+  assert facts["padded"] < 1.5
+
+
+@pytest.mark.parametrize("described, hosts", [("v5e:2x4", 1), ("v5e:4x4", 4)])
+def test_a_small_step_exchanges_one_message_for_each_batchnorm(
+  tmp_path, described, hosts
+):
+  about, facts = compile_for(
+    tmp_path, "digits_plain", "l2w", described, **TINY | {"batch": 2048}
+  )
+  assert about["hosts"] == hosts
+  backbone = topology.l2w.build_backbone(
+    topology.l2w.load_config(str(ROOT / "configs/digits_plain.py"), TINY).model,
+    10,
+    (8, 8, 1),
+  )
+  stats = topology.jax.eval_shape(backbone.init, topology.jax.random.key(0))
+  norms = len(topology.jax.tree.leaves(stats["batch_stats"])) // 2
+  # Forward at Θ and at Θ̂, their derivatives and tangents, and the gradients.
+  assert number(facts, "all-reduce") < 6 * norms
+  assert number(facts, "all-gather") <= 2  # of confidences, to allocate
+  assert facts["temporary_bytes"] < 64 * 2**20
+  assert facts["rematerialised"] == 0
+
+
+def test_the_scorer_compiles_for_four_hosts(tmp_path):
+  about, facts = compile_for(tmp_path, "digits_plain", "scorer", "v5e:4x4", **TINY)
+  assert (about["devices"], about["hosts"]) == (16, 4)
+  assert facts["temporary_bytes"] < 64 * 2**20
+  assert number(facts, "all-gather") <= 1
+
+
+def test_an_unknown_topology_is_one_clear_error():
+  with pytest.raises(
+    ValueError, match="v9:2x4 must be CHIP:SIZES, such as v5e:2x4"
+  ):
+    topology.describe("v9:2x4")
