@@ -54,12 +54,13 @@ def make_images(num, seed=2):
 
 
 def thresholds_for(network, images, q=0.75):
+  """A little below the confidence that was found: nobody stands on a threshold."""
   _, confidence = network.simulate(images)
   return exit_policy.find_thresholds(
     confidence,
     exit_policy.proportions(q, network.backbone.num_exits),
     calibration="held_out",
-  )
+  ) - np.float32(1e-5)
 
 
 def assert_equals_simulation(network, images):
@@ -69,7 +70,8 @@ def assert_equals_simulation(network, images):
   rows = np.arange(len(images))
   np.testing.assert_array_equal(answers.exit, exits + 1)
   np.testing.assert_array_equal(answers.label, prediction[rows, exits])
-  np.testing.assert_array_equal(answers.confidence, confidence[rows, exits])
+  # On some CPUs an image's place in its batch moves the last bit.
+  np.testing.assert_allclose(answers.confidence, confidence[rows, exits], rtol=3e-7)
   return exits
 
 
