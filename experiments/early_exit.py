@@ -1,4 +1,4 @@
-"""What the README says of early exits, measured.
+"""What docs/early-exits.md says of them, measured.
 
 python experiments/early_exit.py [RUN]
 

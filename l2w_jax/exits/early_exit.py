@@ -8,10 +8,10 @@ Images go through the stages in batches of one width. Whoever is confident enoug
 leaves; the rest of several batches are gathered into full ones for the next
 stage, so that late stages run as full as early ones. Only at the end are batches
 padded. One width means one program per stage: other widths differ in the last bits,
-which could send an image whose confidence is a threshold's another way. So exits equal
-those of `simulate`, which runs the same programs without stopping, image for image.
-(On one CPU an image's place in its batch was seen to move the last bit of a RANet's
-confidence, 1e-7: only an image that stands on a threshold to that bit could tell.)
+which could send an image whose confidence is a threshold's another way. So exits
+equal those of `simulate`, which runs the same programs without stopping, image for
+image. (On one CPU an image's place in its batch moved the last bit of a RANet's
+confidence: only an image that stands on a threshold to that bit could tell.)
 
 XLA:CPU runs one program at a time for each thread that asks, and the small late
 stages do not keep two cores busy. So on a CPU a long call is two passes side by
