@@ -51,6 +51,22 @@ def test_npz_holds_calibration_out_of_train(tmp_path):
   )
 
 
+def test_npz_may_bring_its_calibration_split(tmp_path):
+  images = np.full((7, 4, 5, 3), 9, np.uint8)
+  own = {"calibration_images": images, "calibration_labels": np.arange(7) % 3}
+  dataset = sources.load(data_config(save(tmp_path / "x.npz", **own)))
+  assert len(dataset.train.labels) == 60
+  np.testing.assert_array_equal(dataset.calibration.images[:], images)
+  np.testing.assert_array_equal(
+    np.sort(dataset.calibration.labels), np.sort(own["calibration_labels"])
+  )
+  with pytest.raises(ValueError, match="calibration_labels"):
+    sources.load(data_config(save(tmp_path / "y.npz", calibration_images=images)))
+  own["calibration_images"] = images[:, :3]
+  with pytest.raises(ValueError, match=r"calibration images \(3, 5, 3\)"):
+    sources.load(data_config(save(tmp_path / "z.npz", **own)))
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [

@@ -175,12 +175,7 @@ def load(config: ConfigDict) -> Dataset:
   _check_labels(train.labels, num_classes, f"train split of {config.source}")
   _check_labels(test.labels, num_classes, f"test split of {config.source}")
   _check_classes(train.labels, class_names, config.source)
-  if train.images.shape[1:] != test.images.shape[1:]:
-    raise ValueError(
-      f"train images of {config.source} are {train.images.shape[1:]} and test "
-      f"images {test.images.shape[1:]} (height, width, channels); set "
-      "config.data.image_size to bring them to one size"
-    )
+  _check_size("test", test, train, config.source)
   if source.calibration is None:
     held_out = splits.hold_out(
       train.labels, num_classes, config.calibration, config.seed
@@ -191,6 +186,7 @@ def load(config: ConfigDict) -> Dataset:
     _check_labels(
       calibration.labels, num_classes, f"calibration split of {config.source}"
     )
+    _check_size("calibration", calibration, train, config.source)
   for_meta = splits.hold_out(
     train.labels, num_classes, config.meta, config.seed, "meta"
   )
@@ -393,6 +389,15 @@ def _digits(where: str, config: ConfigDict) -> Source:
     for name in ("train", "calibration", "test")
   )
   return Source(train, test, tuple(map(str, arrays["class_names"])), calibration)
+
+
+def _check_size(name: str, split: Split, train: Split, source: str) -> None:
+  if train.images.shape[1:] != split.images.shape[1:]:
+    raise ValueError(
+      f"train images of {source} are {train.images.shape[1:]} and {name} "
+      f"images {split.images.shape[1:]} (height, width, channels); set "
+      "config.data.image_size to bring them to one size"
+    )
 
 
 def _npz(where: str, config: ConfigDict) -> Source:
