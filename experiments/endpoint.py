@@ -83,17 +83,22 @@ def table(runs: dict[str, dict[int, dict]], reference: str) -> str:
     for arm in order:
       seeds = sorted(set(values[arm]) & set(values[reference]))
       own = np.array([values[arm][seed][name] for seed in seeds])
-      row = [arm, str(len(seeds)), f"{own.mean():.2f} ± {own.std(ddof=1):.2f}"]
+      spread = f" ± {own.std(ddof=1):.2f}" if len(own) > 1 else ""
+      row = [arm, str(len(seeds)), f"{own.mean():.2f}{spread}"]
       if arm == reference:
         row += ["", "", "", " ".join(f"{x:.2f}" for x in own)]
       else:
         others = np.array([values[reference][seed][name] for seed in seeds])
         found, d = intervals.paired(own, others), own - others
-        row += [
-          f"{found['mean']:+.2f}",
-          f"[{found['low']:+.2f}, {found['high']:+.2f}]",
-        ]
-        row += [f"{p_value(d):.3f}", " ".join(f"{x:+.2f}" for x in d)]
+        row += [f"{d.mean():+.2f}"]
+        if found["low"] is not None:
+          row += [
+            f"[{found['low']:+.2f}, {found['high']:+.2f}]",
+            f"{p_value(d):.3f}",
+          ]
+        else:  # of fewer than three seeds
+          row += ["–", "–"]
+        row += [" ".join(f"{x:+.2f}" for x in d)]
       lines.append("| " + " | ".join(row) + " |")
     lines.append("")
   return "\n".join(lines)

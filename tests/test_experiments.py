@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import runpy
 import shlex
 import sys
 
@@ -121,3 +122,29 @@ def test_a_command_that_would_not_start_is_seen(command, error, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(error):
     check(command)
+
+
+def test_endpoints_of_a_few_runs():
+  table = runpy.run_path(str(ROOT / "experiments/endpoint.py"))["table"]
+
+  def run(accuracy):
+    budgeted = [{"q": q / 20, "accuracy": accuracy} for q in range(1, 40)]
+    return {
+      "budgeted": budgeted,
+      "anytime": [{"exit": 1, "accuracy": accuracy - 0.1}],
+    }
+
+  runs = {
+    "l2w": {seed: run(0.52 + 0.01 * seed) for seed in (0, 1)},
+    "uniform": {seed: run(0.51) for seed in (0, 1, 2)},
+  }
+  lines = table(runs, "uniform").splitlines()
+  assert lines[4] == ("| uniform | 3 | 51.00 ± 0.00 |  |  |  | 51.00 51.00 51.00 |")
+  # Two seeds: no interval.
+  assert lines[5] == "| l2w | 2 | 52.50 ± 0.71 | +1.50 | – | – | +1.00 +2.00 |"
+  assert "**exit 1**" in lines
+  runs["l2w"][2] = run(0.54)
+  line = table(runs, "uniform").splitlines()[5]
+  assert line.startswith(
+    "| l2w | 3 | 53.00 ± 1.00 | +2.00 | [-0.48, +4.48] | 0.074 |"
+  )
