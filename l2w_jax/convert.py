@@ -98,7 +98,8 @@ def _rename(module: str) -> str:
 
 def _position(name: str) -> list[int]:
   return [
-    int(part) if part.isdigit() else _ORDER.index(part) for part in name.split(".")
+    int(part) if part.isdigit() else [*map(str, _ORDER)].index(part)
+    for part in name.split(".")
   ]
 
 

@@ -116,7 +116,7 @@ def open_folder(where: str) -> tuple[FolderRecords, FolderRecords, tuple[str, ..
     )
   records = FolderRecords(train, class_names)
   for label, name in enumerate(class_names):
-    if not (records.labels == label).any():
+    if label not in records.labels:
       raise ValueError(f"{train / name} has no image ({', '.join(SUFFIXES)})")
   found = {path: FolderRecords(path, class_names) for path in tests}
   test = next((path for path in tests if len(found[path])), tests[0])

@@ -8,12 +8,13 @@ leaves out the N mod 2B images its shuffled order ends with.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-Batch = dict[str, ArrayLike]
+Batch = dict[str, Any]  # arrays, NumPy's or JAX's
 
 
 def steps_per_epoch(num_train: int, batch: int) -> int:

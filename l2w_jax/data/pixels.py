@@ -95,7 +95,8 @@ def _white(image: Image.Image) -> float:
   if image.format in ("PNG", "PPM"):  # Pillow has scaled the latter
     return 2.0**16 - 1
   if image.mode.startswith("I;16"):
-    return 2.0 ** image.tag_v2[BITS_PER_SAMPLE][0] - 1
+    tags = image.tag_v2  # ty: ignore[missing-attribute]
+    return 2.0 ** tags[BITS_PER_SAMPLE][0] - 1
   raise ValueError(
     "holds whole numbers with a sign or of 32 bits, which do not say what white "
     "is; set config.data.grey_range to its value"
@@ -141,7 +142,7 @@ def random_box(
   """
   for _ in range(10):
     area = width * height * rng.uniform(*AREA)
-    aspect = math.exp(rng.uniform(*map(math.log, ASPECT)))
+    aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       left = int(rng.integers(width - w + 1))

@@ -26,11 +26,13 @@ def arrays(dataset: Dataset) -> Batch:
   An image is a row: of images in four dimensions a TPU makes a copy of the whole
   set, in another layout, to gather a few.
   """
-  images = dataset.train.images
+  images, of_meta = (
+    np.asarray(split.images) for split in (dataset.train, dataset.meta)
+  )
   meta = {}
   if len(dataset.meta.labels):
     meta = {
-      "meta_image": dataset.meta.images.reshape(len(dataset.meta.labels), -1),
+      "meta_image": of_meta.reshape(len(dataset.meta.labels), -1),
       "meta_label": dataset.meta.labels,
     }
   return meta | {

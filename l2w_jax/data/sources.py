@@ -237,7 +237,7 @@ def _open(
   if isinstance(split, Split):
     if not (streams or size):
       return split
-    *whole, channels = split.images.shape[1:]
+    height, width, channels = split.images.shape[1:]
     if size and channels not in (1, 3):
       raise ValueError(
         f"images of {channels} channels cannot be resized; set "
@@ -247,7 +247,7 @@ def _open(
       split.images.__getitem__,
       np.arange(len(split.labels)),
       size,
-      (*([size, size] if size else whole), channels),
+      (size or height, size or width, channels),
       np.array([stored.digest(image) for image in split.images], np.uint64),
     )
     return split._replace(images=images if streams else images[:])

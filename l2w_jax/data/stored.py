@@ -37,8 +37,14 @@ class Records(Protocol):
 
   title: str
   channels: int
-  files: Sequence[pathlib.Path]
-  labels: np.ndarray | None
+
+  @property
+  def files(self) -> Sequence[pathlib.Path]:
+    """See above."""
+
+  @property
+  def labels(self) -> np.ndarray | None:
+    """See above."""
 
   def __len__(self) -> int:
     """N."""
@@ -87,7 +93,7 @@ def num_threads() -> int:
 def digest(image: np.ndarray) -> int:
   """64 bits of the SHA-1 of the pixels."""
   return int.from_bytes(
-    hashlib.sha1(np.ascontiguousarray(image)).digest()[:8], "little"
+    hashlib.sha1(np.ascontiguousarray(image).data).digest()[:8], "little"
   )
 
 
@@ -151,7 +157,7 @@ def read_index(records: Records, config: ConfigDict) -> Index:
   )
   new = [row for row, key in enumerate(keys) if key not in known]
   found, _ = _examine(records, config, lambda image: None, new)
-  if len(new) < len(keys):
+  if before is not None and len(new) < len(keys):
     rows = np.array([row for row, key in enumerate(keys) if key in known])
     places = [known[keys[row]] for row in rows]
     merged = np.concatenate([rows, found["rows"]])

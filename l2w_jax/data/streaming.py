@@ -14,6 +14,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,7 +108,7 @@ class StreamingFeed:
       self._batches.close()
     self._batches, self._next = None, None
 
-  def _start(self, step: int) -> Iterator[Batch]:
+  def _start(self, step: int) -> Any:
     from grain import experimental
 
     batches = pipeline(self._samples[step * len(self._rows) :], len(self._rows))
@@ -162,6 +163,9 @@ def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray)
   def epoch_order(epoch: int) -> np.ndarray:
     return np.asarray(order.epoch_order(order_key, epoch, num_train))
 
+  images = train.images
+  assert isinstance(images, LazyImages)  # or it would not stream
+
   def sample(position: int) -> dict[str, np.ndarray | np.int32]:
     step, row = divmod(int(position), len(rows))
     row = int(rows[row])  # in the batch of all hosts
@@ -172,9 +176,9 @@ def _samples(dataset: Dataset, config: ConfigDict, key: Array, rows: np.ndarray)
       # One stream of numbers for each image of the run, whoever reads it.
       place = [0, 0, 0, step * config.batch + row]
       rng = np.random.Generator(np.random.Philox(key=crop_seed, counter=place))
-      image = train.images.random_crop(i, rng)
+      image = images.random_crop(i, rng)
     else:
-      image = train.images.middle(i)
+      image = images.middle(i)
     return {"image": image, "label": train.labels[i]}
 
   return grain.MapDataset.range(config.epochs * steps * len(rows)).map(sample)

@@ -165,7 +165,7 @@ class EarlyExit:
   ):
     self.backbone, self.measure = backbone, measure
     self.class_names, self.calibration = class_names, calibration
-    self.mean, self.std = np.float32(mean), np.float32(std)
+    self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     self.variables = jax.tree.map(np.asarray, variables)
     _check_finite(self.variables)
     self.thresholds = self._per_exit(thresholds, "thresholds")
@@ -223,11 +223,11 @@ class EarlyExit:
   def compilations(self) -> list[int]:
     """[K] programs compiled for each stage so far, gathering included."""
     return [
-      stage._cache_size() + gather._cache_size()
+      stage._cache_size() + gather._cache_size()  # ty: ignore[missing-attribute]
       for stage, gather in zip(self._programs, self._gather, strict=True)
     ]
 
-  def stage(self, k: int, state: ArrayLike | State) -> State:
+  def stage(self, k: int, state: Any) -> State:
     """Stage k as a pure function; the state of stage 0 is uint8 images."""
     width = (state if k == 0 else state.label).shape[0]
     if k == 0:
@@ -351,7 +351,7 @@ class EarlyExit:
       for k, program in enumerate(self._programs):
         state = program(state)
         found[k].append((np.asarray(state.label), np.asarray(state.confidence)))
-    return tuple(
+    labels, confidences = (
       np.stack(
         [
           np.concatenate([part[i] for part in parts])[: len(images)]
@@ -361,6 +361,7 @@ class EarlyExit:
       )
       for i in range(2)
     )
+    return labels, confidences
 
   def answer(self, image: ArrayLike) -> Answers:
     """The answer for one image [H W channels], decided on the device; N = 1.
@@ -384,7 +385,7 @@ class EarlyExit:
     )
 
   def decide(
-    self, images: ArrayLike, thresholds: ArrayLike
+    self, images: ArrayLike, thresholds: np.ndarray | Array
   ) -> tuple[Array, Array, Array, Array]:
     """(label, exit from 0, confidence, logits) of one image, as a pure function.
 
@@ -449,13 +450,14 @@ class _Pass:
       batch = self._images[start : start + self._width]
       state = self._network._programs[0](_padded(batch, self._width))
       # Read the answers of a batch when the device has the next one to work on.
-      if started:
+      if started is not None:
         self._leave(0, *started)
       started = (
         state,
         np.arange(len(batch)),
         everyone[start : start + self._width],
       )
+    assert started is not None  # there is an image
     self._leave(0, *started)
     for k in range(1, self._num_exits):
       rest, self._waiting[k] = self._waiting[k], None

@@ -23,7 +23,7 @@ import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -93,14 +93,15 @@ def export(workdir: files.Path, format: str = "stablehlo") -> files.Path:
 
 
 @contextlib.contextmanager
-def _names_of_source_files() -> Iterator[None]:
+def _names_of_source_files() -> Generator[None, None, None]:
   """Programs name the source files they come from without their folders."""
-  before = jax.config.jax_hlo_source_file_canonicalization_regex
-  jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
+  name = "jax_hlo_source_file_canonicalization_regex"
+  before = jax.config.jax_hlo_source_file_canonicalization_regex  # ty: ignore[missing-attribute]
+  jax.config.update(name, ".*/")
   try:
     yield
   finally:
-    jax.config.update("jax_hlo_source_file_canonicalization_regex", before)
+    jax.config.update(name, before)
 
 
 def _description(network, results) -> dict[str, Any]:

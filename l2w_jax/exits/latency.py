@@ -27,6 +27,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from l2w_jax.data.sources import LazyImages
 from l2w_jax.exits import early_exit
 from l2w_jax.exits import policy as exit_policy
 from l2w_jax.run import backend, directory, files
@@ -66,7 +67,7 @@ def measure(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
   dataset, _ = identity.open_data(workdir, config)
   points = {
     f"q = {row['q']:g}" if "q" in row else f"patience {row['patience']:g}": (
-      np.float32(row["thresholds"])
+      np.asarray(row["thresholds"], np.float32)
     )
     for row in results["budgeted"]
     if row.get("q", QS[0]) in QS
@@ -95,7 +96,7 @@ def measure(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
 
 def time_all(
   network: early_exit.EarlyExit,
-  images: np.ndarray,
+  images: np.ndarray | LazyImages,
   points: dict[str, np.ndarray],
   calls: dict[int, tuple[int, int]] = CALLS,
 ) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import contextlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -167,7 +167,7 @@ def make_answer(network: early_exit.EarlyExit, stages: list[Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None, None, None]:
   """Without what jax2onnx says of shapes and dtypes that it chooses itself."""
   logger = logging.getLogger("onnx_ir.serde")
   before = logger.level

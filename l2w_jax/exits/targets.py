@@ -182,7 +182,8 @@ def for_budgets(
     macs: [K] cost up to each exit.
     calibration, measure: see `choose`.
   """
-  num_exits = np.shape(confidence)[1]
+  confidence = np.asarray(confidence)
+  num_exits = confidence.shape[1]
   shares = exit_policy.proportions(qs, num_exits)
   if measure != "patience":
     return np.asarray(
@@ -266,7 +267,7 @@ def samples_for_risk(most: float, delta: float) -> float:
 
 def _shared(values, num_exits) -> np.ndarray:
   """[Q K], each value at all exits but the last."""
-  rows = np.repeat(np.float32(values)[:, None], num_exits, 1)
+  rows = np.repeat(np.asarray(values, np.float32)[:, None], num_exits, 1)
   rows[:, -1] = -np.inf
   return rows
 

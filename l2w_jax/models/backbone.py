@@ -31,7 +31,7 @@ Variables = dict[str, PyTree]
 
 
 def _all_stages(
-  module: nn.Module, images: Array, mode: Mode, remat: bool = False
+  module: Any, images: Array, mode: Mode, remat: bool = False
 ) -> Array:
   stage = type(module).stage
   if remat:

@@ -12,6 +12,7 @@ linear) is one class here or is called by one, so that `cost` can watch them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -126,8 +127,8 @@ def batch_norms(
     [norm.bias for norm in norms],
     [norm.mean.value for norm in norms],
   )
-  for norm, *statistics in zip(norms, means, variances, counts, strict=True):
-    norm.keep(*statistics)
+  for norm, mean, var, count in zip(norms, means, variances, counts, strict=True):
+    norm.keep(mean, var, count)
   return [y.astype(x.dtype) for y, x in zip(results, images, strict=True)]
 
 
@@ -321,7 +322,7 @@ class Linear(nn.Module):
     return x @ kernel + bias
 
 
-def resize_bilinear(x: Image, size: tuple[int, int]) -> Image:
+def resize_bilinear(x: Image, size: Sequence[int]) -> Image:
   """Image at another (height, width), bilinear with aligned corners.
 
   The corner pixels keep their place; an output of one pixel takes the first.

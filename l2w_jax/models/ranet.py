@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -171,6 +171,7 @@ class Block(nn.Module):
       layers.ConvBNReLU, kernel=1, initializer=self.initializer
     )
     if self.spec.fused:
+      assert low is not None
       width = math.floor(self.compress * x.shape[-1])
       last = conv(width, name="conv_last")(low.after, mode)
       last = layers.resize_bilinear(last, x.shape[1:3])
@@ -289,7 +290,7 @@ class RANet(nn.Module):
     ]
 
   def stage(
-    self, k: int, carry: Image | Carry, mode: Mode = layers.EVALUATE
+    self, k: int, carry: Any, mode: Mode = layers.EVALUATE
   ) -> tuple[Carry, Float[Array, "B C"]]:
     """Carry of stage k - 1 (images for k = 0) -> (carry, logits of exit k)."""
     if k == 0:

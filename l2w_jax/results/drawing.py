@@ -21,7 +21,7 @@ import numpy as np
 from l2w_jax.run import files
 
 WIDTH = 4.8  # inches
-STYLE = {
+STYLE: dict[str, Any] = {
   "font.size": 9,
   "axes.titlesize": 9.5,
   "axes.titlelocation": "left",
@@ -88,7 +88,7 @@ def _style():
   with matplotlib.rc_context(), warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Glyph")
     matplotlib.rcdefaults()
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams.update(STYLE)  # ty: ignore[no-matching-overload]
     yield
 
 

@@ -63,6 +63,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict) -> dict[str, Any]:
     kept = _score(workdir, config)
   if not parallel.is_writer():
     return {}
+  assert kept is not None
   about = kept["about"]
   calibration, test = (_scores(kept, split) for split in SPLITS)
   exit_targets.check(config.evaluate.target, about["samples"]["calibration"] > 0)
@@ -82,7 +83,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict) -> dict[str, Any]:
   ):
     results["weights"] = diagnostics.learned(metrics["weights"][-1])
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    trained = checkpoints.info()
+    trained = checkpoints.info() or {}
   results["seconds"] = trained["seconds"] | {"evaluate": time.monotonic() - began}
   _write_table(workdir / "curves.csv", summary.rows(results))
   _write_table(

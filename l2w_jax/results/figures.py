@@ -494,12 +494,12 @@ def _cost_label(macs) -> str:
   return f"mean cost, % of the full network ({macs[-1] / scale:.3g} {unit})"
 
 
-def _method_legend(figure, colors, *marks: tuple[str, str]) -> None:
-  """Methods by colour, and what each mark stands for, below the panel."""
+def _method_legend(figure, colors, *marks: tuple[str, str], at="lower") -> None:
+  """Methods by colour, and what each mark stands for, below or above the panel."""
   from matplotlib.lines import Line2D
   from matplotlib.patches import Patch
 
-  handles = [
+  handles: list[Any] = [
     Patch(color=color, label=drawing.clean(name, 40))
     for name, color in colors.items()
   ]
@@ -514,7 +514,7 @@ def _method_legend(figure, colors, *marks: tuple[str, str]) -> None:
     )
     for label, mark in marks
   ]
-  figure.legend(handles=handles, loc="outside lower center", ncols=2)
+  figure.legend(handles=handles, loc=f"outside {at} center", ncols=2)
 
 
 @styled
@@ -589,7 +589,8 @@ def draw_weights_compared(weights: Mapping[str, Sequence[dict]]):
       axes.plot(x, np.mean(found, 0), color=colors[name])
   figure.supxlabel("loss (nats)", fontsize=9)
   figure.supylabel("sample weight", fontsize=9)
-  _method_legend(figure, colors, ("mean; thin: a seed", "-"))
+  # Below, it would lie on the label of the figure.
+  _method_legend(figure, colors, ("mean; thin: a seed", "-"), at="upper")
   return figure
 
 

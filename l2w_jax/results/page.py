@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 TEMPLATES = "l2w_jax.results", "templates"
 
 
-def render(template: str, figures: dict[str, Any], **context: Any) -> str:
+def render(template: str, figures: Mapping[str, Any], **context: Any) -> str:
   """A page as HTML, which is one file: figures are in it.
 
   Args:

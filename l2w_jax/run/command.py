@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -62,7 +62,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Generator[None, None, None]:
   """What is raised inside ends the process: in one line, and exit code 2 or 1."""
   # Orbax logs what it raises, in as many tracebacks as it has threads.
   logging.get_absl_logger().addFilter(

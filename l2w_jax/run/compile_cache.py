@@ -31,10 +31,8 @@ def enable() -> pathlib.Path | None:
   Returns:
     the folder; None if nothing is kept, also where it cannot be created.
   """
-  if "JAX_COMPILATION_CACHE_DIR" in os.environ or (
-    jax.config.jax_compilation_cache_dir
-  ):
-    chosen = jax.config.jax_compilation_cache_dir
+  chosen = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ or chosen:
     if not chosen:
       return None
     replace_damaged(pathlib.Path(chosen))
@@ -66,4 +64,4 @@ def replace_damaged(folder: pathlib.Path) -> None:
     for path in folder.glob(f"{glob.escape(found[1])}-*"):
       path.unlink(missing_ok=True)
 
-  warnings.showwarning = delete
+  warnings.showwarning = delete  # ty: ignore[invalid-assignment]

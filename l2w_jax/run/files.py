@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def store(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def errors(path: Path) -> Iterator[None]:
+def errors(path: Path) -> Generator[None, None, None]:
   """Says in one line what TensorStore raises, which is ValueError for anything.
 
   Raises:
@@ -130,12 +130,12 @@ def write(path: Path, data: str | bytes) -> None:
 def write_arrays(path: Path, **arrays: ArrayLike) -> None:
   """Replaces a compressed .npz file by named arrays."""
   data = io.BytesIO()
-  np.savez_compressed(data, **arrays)
+  np.savez_compressed(data, **arrays)  # ty: ignore[invalid-argument-type]
   write(path, data.getvalue())
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[pathlib.Path]:
+def new_folder(path: Path) -> Generator[pathlib.Path, None, None]:
   """A local folder to write files into, which then replaces the one at `path`.
 
   On gs:// it cannot do so in one go: the old files go first, and the new ones
@@ -145,13 +145,13 @@ def new_folder(path: Path) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as name:
       yield pathlib.Path(name)
       if path.exists():
-        path.rmtree()
+        path.rmtree()  # ty: ignore[missing-union-attribute]
       for file in sorted(
         pathlib.Path(name).iterdir(), key=lambda file: file.stat().st_mtime_ns
       ):
         write(path / file.name, file.read_bytes())
     return
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  partial = pathlib.Path(path.with_name(f".{path.name}.{os.getpid()}"))
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
   try:

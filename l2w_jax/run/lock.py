@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from l2w_jax.run import files, parallel
@@ -32,7 +32,7 @@ PATIENCE = 60.0
 
 
 @contextlib.contextmanager
-def held(workdir: files.Path) -> Iterator[None]:
+def held(workdir: files.Path) -> Generator[None, None, None]:
   """Within it nobody else writes into the run directory, which is made if need be.
 
   With several processes the writer holds it. One that was made for nothing goes.

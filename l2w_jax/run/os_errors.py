@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 _ROOM = "make room there, then give the same command again"
 _RIGHTS = "change its permissions, or name another place"
@@ -45,7 +45,7 @@ def explain(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: object) -> Iterator[None]:
+def naming(path: object) -> Generator[None, None, None]:
   """Errors inside name `path` where they name none, as those of a write do not.
 
   Also what Orbax and TensorStore make a ValueError of becomes an OSError again.

@@ -220,7 +220,7 @@ def map_devices(
   num_devices: int,
   donate_argnums: tuple[int, ...] = (),
   devices: Sequence[jax.Device] | None = None,
-) -> Callable:
+) -> Any:
   """Pmap of `function` over the first `num_devices` devices; jit for one.
 
   Under pmap every argument and result has a leading device axis.
@@ -230,7 +230,7 @@ def map_devices(
     devices: others than those of this run, such as described ones.
   """
   if num_devices == 1:
-    place = {}
+    place: dict[str, Any] = {}
     if devices is not None:
       only = jax.sharding.SingleDeviceSharding(devices[0])
       place = {"in_shardings": only, "out_shardings": only}
@@ -244,7 +244,7 @@ def map_devices(
   return mapped if jax.process_count() == 1 else _compiled_at_first(mapped)
 
 
-def _compiled_at_first(mapped: Callable) -> Callable:
+def _compiled_at_first(mapped: Any) -> Callable:
   """`mapped`, compiled for arguments like those of its first call.
 
   Its results are then arrays of all processes, as those of `replicate` are. Those
@@ -257,7 +257,7 @@ def _compiled_at_first(mapped: Callable) -> Callable:
       compiled.append(mapped.lower(*arguments).compile())
     return compiled[0](*arguments)
 
-  call.lower = mapped.lower
+  call.lower = mapped.lower  # ty: ignore[missing-attribute]
   return call
 
 
@@ -286,7 +286,8 @@ def initialize(
       "--coordinator=HOST:PORT, --num_processes and --process_id belong "
       f"together; got {coordinator}, {num_processes}, {process_id}"
     )
-  if num_processes is not None and not 0 <= process_id < num_processes:
+  counted = num_processes is not None and process_id is not None
+  if counted and not 0 <= process_id < num_processes:
     raise ValueError(
       f"--process_id={process_id} must be at least 0 and below "
       f"--num_processes={num_processes}"

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 BAR_INTERVAL = 0.2  # seconds between redraws of the bar
@@ -74,7 +75,7 @@ class Progress:
     self._interval = BAR_INTERVAL if self._live else interval
     self._bar = None
     self._done, self._values = start, {}
-    self._shown_done, self._shown_at = start, None
+    self._shown_done, self._shown_at = start, -math.inf
     self._mark = None  # (time, count) from which the rate is measured
 
   def __enter__(self) -> Progress:
@@ -110,7 +111,7 @@ class Progress:
       print(line, file=self._stream, flush=True)
 
   @contextlib.contextmanager
-  def compiling(self, what: str) -> Iterator[None]:
+  def compiling(self, what: str) -> Generator[None, None, None]:
     """Says that `what` is being compiled, then how long that took.
 
     The block should wait for its result (`jax.block_until_ready`), or the time
@@ -158,6 +159,7 @@ class Progress:
 
   def _speed(self, now: float) -> list[str]:
     """Returns rate and time left, or nothing before they can be known."""
+    assert self._mark is not None
     began, first = self._mark
     if self._done <= first or now <= began:
       return []

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TOGETHER = 0.05  # seconds in which several count as one: systemd sends two at once
@@ -57,7 +57,7 @@ def block() -> None:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def held() -> Generator[None, None, None]:
   """Within it a signal only sets `asked`; the second one still ends at once."""
   global _held
   with _lock:

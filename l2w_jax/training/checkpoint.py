@@ -71,7 +71,7 @@ class Checkpoints:
     # Orbax takes absolute paths; of gs:// `absolute` would make a local one.
     absolute = workdir.absolute() if files.is_local(workdir) else workdir
     self._folder = absolute / "checkpoints"
-    self._manager = None
+    self._manager: Any = None
     if not parallel.is_writer():
       return
     alone = ocp.options.MultiprocessingOptions()

@@ -135,7 +135,7 @@ def compile_estimator(
     return {name: metrics[name] for name in ("meta_loss", "wpn_gradient")}
 
   began = time.monotonic()
-  compiled = (
+  compiled: Any = (
     jax.jit(run).lower(state, probe.train_half, probe.meta_halves[0]).compile()
   )
   seconds = time.monotonic() - began
@@ -334,7 +334,7 @@ class Diagnosis:
     (mean over the meta halves, and cosine_std), cost}; ms is the median call.
     Beside them what `describe_weights` gives.
     """
-    exact, rows = None, {}
+    exact, rows = [], {}
     for name, estimator in self._estimators.items():
       found, ms = self._gradients(state, estimator)
       exact = exact or found

@@ -63,8 +63,8 @@ def fingerprint(dataset: sources.Dataset) -> dict[str, Any]:
   }
 
 
-def _sha256(array: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+def _sha256(array: Any) -> str:
+  return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def read(workdir: files.Path) -> Identity | None:

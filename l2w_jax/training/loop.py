@@ -53,7 +53,7 @@ def weights_by_loss(
   bins = jnp.clip(losses // width, 0, LOSS_BINS - 1).astype(jnp.int32)
   onehot = jax.nn.one_hot(bins, LOSS_BINS)
   from_one = (weights - 1)[..., None]
-  return tuple((onehot * x).sum(0) for x in (from_one, from_one**2, 1))
+  return ((onehot * from_one).sum(0), (onehot * from_one**2).sum(0), onehot.sum(0))
 
 
 def _or_null(table: np.ndarray) -> list[list[float | None]]:
@@ -86,7 +86,7 @@ class Step:
       devices=parallel.collectives(num_devices, config.sync),
     )
     kinds = {updates_wpn(config, steps_per_epoch, step) for step in (0, 1)}
-    self._half_steps = {
+    self._half_steps: dict[bool, Any] = {
       update: parallel.map_devices(
         functools.partial(half_step, update_wpn=update), num_devices, (0,)
       )
@@ -340,7 +340,7 @@ class _Loop:
 
   def _learning_rate(self, step: int) -> float:
     """That of the step before `step`."""
-    return float(self._schedule(step - 1))
+    return float(np.asarray(self._schedule(step - 1)))
 
   def _due(self, step: int, every: int) -> bool:
     """Whether something done every `every` epochs, and at the end, is due."""

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from absl import logging
@@ -96,7 +96,7 @@ class MetricsLog:
         self._events.flush()
 
   @contextlib.contextmanager
-  def _losing_events(self) -> Iterator[None]:
+  def _losing_events(self) -> Generator[None, None, None]:
     """Events end, with a warning, where they fail: metrics.jsonl has it all."""
     try:
       yield
@@ -127,10 +127,13 @@ class _Events:
     from tensorboardX import event_file_writer
     from tensorboardX.proto import event_pb2, summary_pb2
 
-    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    # Protocol buffers make their classes when they are imported.
+    events: Any = event_pb2
+    summaries: Any = summary_pb2
+    self._event, self._summary = events.Event, summaries.Summary
     folder.mkdir(exist_ok=True)
     self._writer = event_file_writer.EventsWriter(str(folder / "events"))
-    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    started = events.SessionLog(status=events.SessionLog.START)
     # Later steps of an earlier start are not shown.
     self._write(step=step + 1, session_log=started)
     self.flush, self.close = self._writer.flush, self._writer.close

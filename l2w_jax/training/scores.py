@@ -7,7 +7,7 @@ its padding dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +62,7 @@ def compile_scorer(
   devices = parallel.collectives(num_devices)
 
   def forward(variables, images):
-    logits = backbone.apply(variables, augment.normalize(images, mean, std))
+    logits: Any = backbone.apply(variables, augment.normalize(images, mean, std))
     prediction, confidence = confidence_lib.confidence(
       logits, config.evaluate.confidence
     )
@@ -71,7 +71,7 @@ def compile_scorer(
 
   own = parallel.own_rows(batch)
   empty = np.zeros((own.stop - own.start, *dataset.image_shape), np.uint8)
-  forward = (
+  compiled = (
     parallel.map_devices(forward, num_devices)
     .lower(variables, parallel.split_rows(empty, num_devices))
     .compile()
@@ -85,7 +85,7 @@ def compile_scorer(
     for start in range(0, num_samples, batch):
       images = next(found, empty[:0])  # the last may have none for a process
       padding = [(0, len(empty) - len(images))] + [(0, 0)] * 3
-      outputs = forward(
+      outputs = compiled(
         variables, parallel.split_rows(np.pad(images, padding), num_devices)
       )
       *found_here, logits = (

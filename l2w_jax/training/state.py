@@ -16,8 +16,7 @@ from l2w_jax.models import wpn
 from l2w_jax.models.backbone import Backbone
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """Everything a step reads and writes; `state.replace(...)` sets a field.
 
   Attributes:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
@@ -305,7 +306,7 @@ def inner_step(config, devices, optimizer, forward, wpn_params, learning_rate):
 
 
 def wpn_step(
-  config: ConfigDict, state: TrainState, gradient: PyTree, learning_rate: jax.Array
+  config: ConfigDict, state: TrainState, gradient: PyTree, learning_rate: ArrayLike
 ) -> TrainState:
   """Φ⁺ of Eq. 8, by Adam."""
   updates, opt_state = adam(config.meta).update(
@@ -322,7 +323,7 @@ def real_step(
   state: TrainState,
   gradient: PyTree,
   batch_stats: PyTree,
-  learning_rate: jax.Array,
+  learning_rate: ArrayLike,
 ) -> TrainState:
   """Θ⁺ of Eq. 9, by SGD, and the running statistics of the pass at Θ."""
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
