@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import pathlib
 import random
@@ -222,6 +223,7 @@ class Torture:
     if killed:
       self.left -= 1
       self.kills[now, number] += 1
+      print(f"{self.left} kills left, {len(self.faults)} faults", flush=True)
     where = f"{workdir.name}, {number and number.name} in {now or 'no phase'}"
     wanted = CODES[number] if killed and number else (0,)
     if code not in wanted or re.search("Traceback|error:|cannot be used", log):
@@ -274,8 +276,9 @@ def main(arguments=None) -> int:
   torture.faults += [
     f"two runs that were left alone: {name} differs" for name in wrong
   ]
-  while torture.left > 0:
-    torture.run()
+  with contextlib.suppress(KeyboardInterrupt):  # the table of the kills so far
+    while torture.left > 0:
+      torture.run()
   print(torture.table())
   print(
     f"{sum(torture.kills.values())} kills, {torture.runs} runs, {torture.resumes} "
