@@ -1,6 +1,6 @@
 """Downloads and prepares a TFDS set, by TFDS itself, when a user asks for it.
 
-    python -m l2w_jax.data.prepare cifar100 --data_dir=DIR
+    l2w-jax prepare cifar100 --data_dir=DIR
 
 Afterwards --config.data.source=tfds:cifar100 --config.data.data_dir=DIR reads it.
 Without --data_dir it goes where TFDS puts things ($TFDS_DATA_DIR, or

@@ -389,7 +389,7 @@ def read_manifest(folder: files.Path) -> dict[str, Any] | None:
 
 
 def _read(workdir: files.Path, name: str, parse: Callable[[bytes], Any]) -> Any:
-  path, command = workdir / name, f"python -m l2w_jax.main --workdir={workdir}"
+  path, command = workdir / name, f"python -m l2w_jax --workdir={workdir}"
   if name == "config.json":
     advice = (
       "delete it: it is restored from the checkpoints, or written again by "
