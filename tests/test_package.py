@@ -153,7 +153,7 @@ def test_help_has_examples():
     (["--mode=evaluate"], "error: --workdir is missing"),
     (["compare", "--config=digits"], "error: --workdir is missing"),
     (["convert"], "error: name the run directory with --workdir=DIR"),
-    (["prepare"], "usage: python -m l2w_jax.data.prepare"),
+    (["prepare"], "usage: l2w-jax prepare"),
     (["compar"], "error: unexpected argument 'compar'"),
   ],
 )

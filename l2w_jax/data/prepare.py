@@ -60,7 +60,7 @@ def prepare(name: str, data_dir: str, manual_dir: str, file_format: str) -> str:
 def main() -> None:
   """The command line; errors are one line and exit code 2 or 1."""
   parser = argparse.ArgumentParser(
-    prog="python -m l2w_jax.data.prepare",
+    prog="l2w-jax prepare",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
