@@ -23,6 +23,10 @@ _INSTALLED = _HERE / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _HERE.parent / "configs"
 
 
+class NotHere(ValueError):
+  """Code of one's own that cannot be imported where this runs."""
+
+
 def config_names() -> list[str]:
   """Names of the configs that come with the package."""
   return sorted(path.stem for path in CONFIGS.glob("*.py"))
@@ -55,19 +59,19 @@ def own(name: str) -> Any:
   """What MODULE.NAME stands for; the module is imported.
 
   Raises:
-    ValueError: there is no such module, or nothing of the name in it.
+    NotHere: there is no such module, or nothing of the name in it.
   """
   module, _, attribute = name.rpartition(".")
   try:
     found = importlib.import_module(module)
   except ImportError as error:
     top = module.partition(".")[0]
-    raise ValueError(
-      f"{name!r}: cannot import {module} ({error}); start in the folder of {top}, "
-      "or put that folder on PYTHONPATH"
+    raise NotHere(
+      f"{name!r}: cannot import {module} ({error}); start in the folder that {top} "
+      "lies in, or put that folder on PYTHONPATH"
     ) from error
   if not hasattr(found, attribute):
-    raise ValueError(
+    raise NotHere(
       f"{name!r}: {getattr(found, '__file__', module)} has no {attribute!r}"
     )
   return getattr(found, attribute)

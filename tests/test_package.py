@@ -219,8 +219,12 @@ def test_a_run_of_ones_own_is_loaded_from_its_workdir(
   # Elsewhere the module is not found, and that is said.
   my_nets.unlink()
   monkeypatch.delitem(sys.modules, "my_nets")
-  with pytest.raises(ValueError, match="'my_nets.Small': cannot import my_nets"):
+  with pytest.raises(ValueError) as error:
     early_exit.load(workdir)
+  assert str(error.value) == (
+    "'my_nets.Small': cannot import my_nets (No module named 'my_nets'); start in "
+    "the folder that my_nets lies in, or put that folder on PYTHONPATH"
+  )
 
 
 def test_a_rule_that_is_not_there_is_told_before_anything_else(
