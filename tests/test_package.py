@@ -18,25 +18,38 @@ from l2w_jax.exits import early_exit
 
 NAMES = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
 OWN = """
+from flax import linen as nn
+
 from l2w_jax import config as l2w_config
-from l2w_jax.models.msdnet import MSDNet
+from l2w_jax.models import layers
 
 
-class Small(MSDNet):
+class Small(nn.Module):
   num_classes: int
+  initializer: str
   num_exits: int = 2
-  step: int = 1
-  step_mode: str = "even"
-  base: int = 1
-  bottleneck: bool = False
-  prune: str = "max"
-  stem: str = "cifar"
   channels: int = 4
-  growth: int = 4
-  growth_factors: tuple = (1, 2)
-  bottleneck_factors: tuple = (1, 2)
-  reduction: float = 0.5
-  classifier_width: int = 8
+  strides: tuple = (2, 1)
+  slope: float = 0.0
+  bias: bool = True
+
+  @staticmethod
+  def check(config, image_shape):
+    layers.check_image_size(image_shape, 4, "2 exits")
+
+  def setup(self):
+    self.blocks = [
+      layers.ConvBNReLU(self.channels, 3, stride, self.initializer)
+      for stride in self.strides
+    ]
+    self.pool = layers.GlobalAveragePool()
+    self.classifier = [
+      layers.Linear(self.num_classes, self.initializer) for _ in self.strides
+    ]
+
+  def stage(self, k, carry, mode=layers.EVALUATE):
+    carry = self.blocks[k](carry, mode)
+    return carry, self.classifier[k](self.pool(carry))
 
 
 def halves(losses, average):
@@ -182,7 +195,7 @@ def test_fields_of_a_backbone_of_ones_own_are_keys(my_nets):
   backbone = models.build_backbone(config.model, 10, (8, 8, 1))
   assert (backbone.num_exits, backbone.module.channels) == (2, 8)
   assert config_lib.from_dict(config.to_dict()) == config
-  config_lib.check_key("model.classifier_width")
+  config_lib.check_key("model.strides")
   for key, value, says in (
     ("model.width", 3, "config.model.width does not exist; keys of config.model: "),
     (
