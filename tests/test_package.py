@@ -188,10 +188,7 @@ def my_nets(tmp_path, monkeypatch):
 def test_fields_of_a_backbone_of_ones_own_are_keys(my_nets):
   config = l2w.load_config(f"{my_nets}:l2w", {"model.channels": 8})
   assert config.model.to_dict().keys() >= {"name", "num_exits", "init", "remat"}
-  assert config.model.name == "my_nets.Small" and config.model.growth_factors == (
-    1,
-    2,
-  )
+  assert config.model.name == "my_nets.Small" and config.model.strides == (2, 1)
   backbone = models.build_backbone(config.model, 10, (8, 8, 1))
   assert (backbone.num_exits, backbone.module.channels) == (2, 8)
   assert config_lib.from_dict(config.to_dict()) == config
