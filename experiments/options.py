@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Sequence
 from typing import Any
+
+from l2w_jax.compare import literal
 
 # Data source: image shape and classes.
 SHAPES = {
@@ -31,14 +32,6 @@ def shape_and_classes(config) -> tuple[tuple[int, int, int], int]:
   return SHAPES[config.data.source]
 
 
-def literal(text: str) -> Any:
-  """The Python literal that the text is, or else the text."""
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
-
-
 def override(text: str) -> tuple[str, Any]:
   """(key, value) of "KEY=VALUE", for argparse."""
   key, equals, rest = text.partition("=")
@@ -56,7 +49,7 @@ def config_parser(
   )
   if commands:
     parser.add_argument("what", choices=commands)
-  parser.add_argument("config", help="FILE.py or FILE.py:ARGUMENT")
+  parser.add_argument("config", help="a config by name or file, with :ARGUMENT")
   parser.add_argument(
     "--set",
     action="append",

@@ -3,20 +3,28 @@
 A config file under configs/ starts from `defaults(model)` and sets only what
 deviates. `validate` raises one ValueError that says which key, what was given
 and what is allowed. Defaults are those of the published CIFAR-100 runs.
+
+`model.name` and `method` may also be MODULE.NAME of a module of one's own: a Flax
+module, whose fields with a default are the keys of `config.model`, or a function
+that gives weights. docs/extend.md has an example of each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
+import json
 import math
-import pathlib
 import re
+import sys
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+
+from l2w_jax import named
 
 # JAX makes the same key of 2**32 as of 0, and NumPy draws for (2**32, 0), which is
 # what `splits` holds out, what it draws for (0, 1), which is another of its draws.
@@ -67,6 +75,15 @@ def _choice(default, choices, doc) -> Key:
   return Key(default, lambda value: value in choices, says, doc)
 
 
+def _choice_or_own(default, choices, own: str, doc) -> Key:
+  return Key(
+    default,
+    lambda value: value in choices or named.is_own(value),
+    f"one of {', '.join(map(repr, choices))}, or MODULE.{own} of your own",
+    doc,
+  )
+
+
 def _text(default, doc) -> Key:
   return Key(
     default,
@@ -110,6 +127,15 @@ def estimator(value: Any) -> tuple[str, int]:
   unroll = re.fullmatch("unroll:([1-9][0-9]{0,3})", str(value))
   return ("unroll", int(unroll[1])) if unroll else ("", 0)
 
+
+# Keys that are told from their default alone.
+_KINDS = {
+  bool: _flag,
+  int: lambda default, doc: _integer(default, 0, doc),
+  float: lambda default, doc: _number(default, -math.inf, doc),
+  str: _text,
+  tuple: lambda default, doc: _tuple(default, lambda _: True, "values", doc),
+}
 
 _EVERY_MODEL = {
   "stem": _choice(
@@ -192,15 +218,24 @@ MODEL_KEYS = {
   },
 }
 
-_NAME = {"name": _choice("msdnet", tuple(MODEL_KEYS), "kind of backbone")}
+_own_models: dict[str, Mapping[str, Key]] = {}  # that were asked for so far
+
+_NAME = {
+  "name": _choice_or_own("msdnet", tuple(MODEL_KEYS), "CLASS", "kind of backbone")
+}
+# Of a backbone of one's own, beside its fields; `init` is its field `initializer`.
+_EVERY_OWN = {
+  name: _EVERY_MODEL[name] for name in ("init", "dtype", "precision", "remat")
+}
 
 KEYS = {
   "seed": _integer(
     0, 0, "root of every random number of a run; 32 bits are told apart", LAST_SEED
   ),
-  "method": _choice(
+  "method": _choice_or_own(
     "l2w",
     ("l2w", "uniform", "fixed", "random", "easy_early", "equilibrium", "distill"),
+    "FUNCTION",
     "learned sample weights; the plain sum of exit losses; or with "
     "exit_weights, random weights, weights that favour easy samples early, "
     "gradient equilibrium, or self-distillation",
@@ -453,12 +488,38 @@ def _default_values(keys: Mapping) -> dict[str, Any]:
 
 
 def _model_keys(model: Any) -> Mapping[str, Key]:
+  if named.is_own(model):
+    return _own_keys(model)
   if model not in tuple(MODEL_KEYS):  # a list has no hash
     raise ValueError(
       f"unknown model {model!r} in config.model.name; choose "
-      f"one of {', '.join(map(repr, MODEL_KEYS))}"
+      f"one of {', '.join(map(repr, MODEL_KEYS))}, or MODULE.CLASS of your own"
     )
   return MODEL_KEYS[model]
+
+
+def _own_keys(model: str) -> Mapping[str, Key]:
+  """Keys of a backbone of one's own: its fields that have a default."""
+  backbone = named.own(model)
+  if not (dataclasses.is_dataclass(backbone) and hasattr(backbone, "stage")):
+    raise ValueError(
+      f"config.model.name={model!r} is no Flax module with a method `stage`; "
+      "docs/extend.md has an example of one"
+    )
+  keys = {}
+  for field in dataclasses.fields(backbone):
+    default, doc = field.default, f"a field of {model}"
+    # Every Flax module has these two.
+    if field.name in ("parent", "name") or default is dataclasses.MISSING:
+      continue
+    if type(default) not in _KINDS:
+      raise ValueError(
+        f"the default of {field.name} of {model} must be a number, text, a flag or "
+        f"a tuple, got {default!r}"
+      )
+    keys[field.name] = _KINDS[type(default)](default, doc)
+  _own_models[model] = {**keys, **_EVERY_OWN}
+  return _own_models[model]
 
 
 def validate(config: ConfigDict) -> ConfigDict:
@@ -497,11 +558,24 @@ def check_method(config: ConfigDict, num_exits: int) -> None:
   """
   _check_values(config)
   _check_estimator(config)
+  check_rule(config)
   exit_weights = config.baseline.exit_weights
   if config.method == "fixed" and len(exit_weights) != num_exits:
     raise ValueError(
       "method fixed needs config.baseline.exit_weights with one weight for "
       f"each of the {num_exits} exits; got {tuple(exit_weights)}"
+    )
+
+
+def check_rule(config: ConfigDict) -> None:
+  """Raises ValueError unless a rule of one's own, if `method` is one, is there.
+
+  Who trains needs it; a finished run is evaluated without it.
+  """
+  if named.is_own(config.method) and not callable(named.own(config.method)):
+    raise ValueError(
+      f"config.method={config.method!r} is no function; docs/extend.md has an "
+      "example of one"
     )
 
 
@@ -569,12 +643,12 @@ def model_config(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
 
 
 def check_key(key: str) -> None:
-  """Raises ValueError unless a config, of whichever model, has this key.
+  """Raises ValueError unless a config, of whichever model so far, has this key.
 
   Args:
     key: dotted, such as "model.num_exits".
   """
-  _holder(_all_keys(ChainMap(*MODEL_KEYS.values())), key)
+  _holder(_all_keys(ChainMap(*MODEL_KEYS.values(), *_own_models.values())), key)
 
 
 def _all_keys(model_keys: Mapping[str, Key]) -> Mapping:
@@ -633,25 +707,38 @@ def _unknown_key(path: str, keys) -> str:
 
 
 def load_config(
-  path: str, overrides: Mapping[str, Any] | None = None
+  name: str, overrides: Mapping[str, Any] | None = None
 ) -> ConfigDict:
-  """A config file's ConfigDict with overrides, validated.
+  """The ConfigDict that a name stands for, with overrides, validated.
 
   Args:
-    path: "FILE.py" or "FILE.py:ARGUMENT"; the file defines get_config(ARGUMENT).
+    name: "digits", "digits:uniform" or another config of the package, "FILE.py" or
+      "FILE.py:ARGUMENT", or the config.json of a run.
     overrides: dotted key -> value, such as {"model.num_exits": 7}.
 
   Raises:
-    ValueError: no such file, an unknown key, or a value out of range.
+    ValueError: no such config, an unknown key, or a value out of range.
   """
-  file, _, argument = str(path).partition(":")
-  if not pathlib.Path(file).is_file():
-    raise ValueError(f"no config file {file}")
+  return with_overrides(read_config(name), overrides or {})
+
+
+def read_config(name: str) -> ConfigDict:
+  """`load_config` before overrides, as it is.
+
+  Raises:
+    ValueError: no such config, or a file that holds none.
+  """
+  file, argument = named.config_file(str(name))
+  if file.suffix == ".json":
+    try:
+      return from_dict(json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"{file} is no config of a run: {error}") from error
   spec = importlib.util.spec_from_file_location("_l2w_jax_config", file)
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # dataclasses in it look there for themselves
   spec.loader.exec_module(module)
-  config = module.get_config(*([argument] if argument else []))
-  return with_overrides(config, overrides or {})
+  return module.get_config(*([argument] if argument else []))
 
 
 def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

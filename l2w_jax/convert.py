@@ -1,7 +1,7 @@
 """Released PyTorch weights in, and back.
 
-    python -m l2w_jax.convert RELEASED.pth.tar --config=FILE.py --workdir=DIR
-    python -m l2w_jax.convert --export=OUT.pth --workdir=DIR
+    l2w-jax convert RELEASED.pth.tar --config=NAME --workdir=DIR
+    l2w-jax convert --export=OUT.pth --workdir=DIR
 
 The first makes a run directory that `--mode=evaluate` accepts, the second a
 state_dict that PyTorch loads. Names in a released state_dict follow from ours;

@@ -1,4 +1,18 @@
-"""Command line: train, evaluate and report. `--help` lists the flags."""
+"""Trains, evaluates and reports a run, as far as that is not done yet.
+
+    l2w-jax --config=digits --workdir=runs/digits
+    l2w-jax --config=digits:uniform --workdir=runs/uniform --config.epochs=60
+    l2w-jax --mode=evaluate --workdir=runs/digits
+    l2w-jax --mode=predict --workdir=runs/digits --images=FOLDER
+
+--config is a config of the package (a wrong name lists them), a FILE.py of your own
+or the config.json of a run; --config.KEY=VALUE sets one of its keys, which are all
+documented in l2w_jax/config.py. `python -m l2w_jax` is the same command. Others:
+
+    l2w-jax compare --help    several methods from the same seeds, and their table
+    l2w-jax prepare --help    downloads and prepares a set of TFDS
+    l2w-jax convert --help    PyTorch checkpoints of the released code, in and out
+"""
 
 from __future__ import annotations
 
@@ -11,6 +25,7 @@ import sys
 
 from absl import flags
 
+import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax.run import command, files
 
@@ -50,6 +65,7 @@ flags.DEFINE_enum(
   ["pdf", "png", "svg"],
   "Of --mode=report: write the pictures into WORKDIR/report/figures as well.",
 )
+flags.DEFINE_bool("version", False, "Print the version and leave.")
 flags.DEFINE_bool(
   "distributed",
   False,
@@ -102,7 +118,7 @@ def run(mode: str, workdir: files.Path, config, **own: str | None) -> None:
   if config is not None:
     config = config_lib.validate(config)
   elif mode in ("all", "train"):
-    raise ValueError(f"--mode={mode} needs --config=FILE.py")
+    raise ValueError(f"--mode={mode} needs --config=NAME or FILE.py")
   for name, value in own.items():
     if value and mode != OWN[name]:
       raise ValueError(
@@ -115,6 +131,8 @@ def run(mode: str, workdir: files.Path, config, **own: str | None) -> None:
   # Now, as training may take weeks.
   if config is not None and mode in ("all", "train", "evaluate", "predict"):
     targets.check(config.evaluate.target, config_lib.holds_out(config))
+  if mode in ("all", "train"):
+    config_lib.check_rule(config)
   if mode in ("all", "report", "latency"):
     drawing.check()
   compile_cache.enable()
@@ -234,6 +252,9 @@ def _print_latency(latency) -> None:
 def _main(arguments: list[str]) -> None:
   if arguments:
     raise ValueError(f"unexpected argument {arguments[0]!r}; flags begin with --")
+  if FLAGS.version:
+    print(f"l2w_jax {l2w_jax.__version__}")
+    return
   if not FLAGS.workdir:
     raise ValueError("--workdir is missing; name the directory of the run")
   # Not above, so that flags are checked, and huge pages asked for, before JAX.

@@ -59,10 +59,10 @@ def test_the_first_line_of_a_run_names_them(finished):
 
 
 COMMANDS = [
-  ["-m", "l2w_jax.main", "--mode=evaluate", "--workdir=none"],
+  ["-m", "l2w_jax", "--mode=evaluate", "--workdir=none"],
   ["-m", "l2w_jax.convert", "--export=none.pth", "--workdir=none"],
   ["-m", "l2w_jax.data.prepare", "mnist"],
-  ["experiments/compare.py", "--config=configs/digits.py", "--workdir=none"],
+  ["-m", "l2w_jax", "compare", "--config=configs/digits.py", "--workdir=none"],
   ["experiments/benchmark.py", "configs/digits.py", "--compile-only"],
 ]
 

@@ -12,12 +12,10 @@ import pytest
 from conftest import ROOT, tiny_flags
 from test_report import assert_valid, drawn_in, make_metrics, make_results
 
+from l2w_jax import compare
 from l2w_jax import config as config_lib
 from l2w_jax.results import comparison
 from l2w_jax.run import directory
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import compare  # noqa: E402
 
 METHODS = ("uniform", "l2w:meta.epsilon=0.3")
 NUM_TEST = 50

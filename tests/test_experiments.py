@@ -4,15 +4,12 @@ import pathlib
 import re
 import runpy
 import shlex
-import sys
 
 import pytest
 from conftest import ROOT
 
+from l2w_jax import compare
 from l2w_jax import config as config_lib
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import compare  # noqa: E402
 
 DEFINED = re.compile(r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"')
 
@@ -34,6 +31,8 @@ def check(command: str) -> None:
     words = words[2:]
   else:
     script, words = ROOT / words[0], words[1:]
+  if script == ROOT / "experiments/compare.py":
+    script = pathlib.Path(compare.__file__)
   source = script.read_text(encoding="utf-8")
   defined = set(DEFINED.findall(source))
   flags, overrides = {}, {}

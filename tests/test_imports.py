@@ -18,6 +18,7 @@ HEAVY = (
 # From the bottom up. A room imports rooms below it; files of one room import each
 # other as they like, but not in a circle, or Python would say so.
 ROOMS = (
+  "named",
   "config",
   "run",
   "method",
@@ -27,7 +28,9 @@ ROOMS = (
   "exits",
   "results",
   "convert",
+  "compare",
   "main",
+  "__main__",
 )
 RANK = {name: rank for rank, name in enumerate(ROOMS)}
 

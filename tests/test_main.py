@@ -203,10 +203,11 @@ MISTAKES = [
     ["--config=configs/digits.py", "--config.model={}"],
     "config.model.name is missing",
   ),
-  (["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
+  (["--config=configs/nope.py"], "no config file 'configs/nope.py'; give a FILE"),
   (
-    ["--config=configs/nope.py", "--config.epochs=3"],
-    "No such file or directory: 'configs/nope.py'",
+    ["--config=digit", "--config.epochs=3"],
+    "no config file 'digit'; give a FILE.py, the config.json of a run, or one of "
+    "the names cifar100_msdnet, ",
   ),
   (["--config=configs/digits.py:lw2"], "config.method must be one of"),
   (["--config=configs/digits.py", "--workdir="], "--workdir is missing"),
@@ -220,7 +221,7 @@ MISTAKES = [
     ["--config=configs/digits.py", "--config.batch=129"],
     "batch 129 does not split into two halves",
   ),
-  ([], "--mode=all needs --config=FILE.py"),
+  ([], "--mode=all needs --config=NAME or FILE.py"),
   (["--format=onnx", "--mode=report"], "--format=onnx is for --mode=export"),
   (["--mode=evaluate"], "does not exist; train one first"),
   (["--mode=report"], "does not exist; train one first"),

@@ -1,6 +1,6 @@
 """Downloads and prepares a TFDS set, by TFDS itself, when a user asks for it.
 
-    python -m l2w_jax.data.prepare cifar100 --data_dir=DIR
+    l2w-jax prepare cifar100 --data_dir=DIR
 
 Afterwards --config.data.source=tfds:cifar100 --config.data.data_dir=DIR reads it.
 Without --data_dir it goes where TFDS puts things ($TFDS_DATA_DIR, or
@@ -60,7 +60,7 @@ def prepare(name: str, data_dir: str, manual_dir: str, file_format: str) -> str:
 def main() -> None:
   """The command line; errors are one line and exit code 2 or 1."""
   parser = argparse.ArgumentParser(
-    prog="python -m l2w_jax.data.prepare",
+    prog="l2w-jax prepare",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

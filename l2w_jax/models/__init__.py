@@ -1,4 +1,4 @@
-"""Backbones, by an explicit table."""
+"""Backbones, by an explicit table, or by MODULE.CLASS of one's own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
+from l2w_jax import named
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.models.msdnet import MSDNet
 from l2w_jax.models.ranet import RANet
@@ -39,7 +40,7 @@ def build_backbone(
     raise ValueError(
       f"image_shape must be (height, width, channels), got {tuple(image_shape)}"
     )
-  network = BACKBONES[config.name]
+  network = BACKBONES.get(config.name) or named.own(config.name)
   network.check(config, image_shape)
   fields = config.to_dict()
   del fields["name"]

@@ -1,6 +1,6 @@
 """Answers for images of one's own: a table, one row per image.
 
-    python -m l2w_jax.main --mode=predict --workdir=RUN --images=FOLDER
+    l2w-jax --mode=predict --workdir=RUN --images=FOLDER
 
 Images are seen as in the evaluation: decoded, resized and cropped alike, each
 leaving at the first exit that is confident enough.

@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from l2w_jax import config as config_lib
+from l2w_jax import named
 from l2w_jax.run import files, os_errors, stopping
 
 FLAGS = flags.FLAGS
@@ -29,7 +30,7 @@ flags.disclaim_key_flags()
 
 
 def define_config(explanation: str) -> None:
-  """Defines --config=FILE.py[:ARGUMENT] and its overrides.
+  """Defines --config=NAME[:ARGUMENT] and its overrides.
 
   Without a default: that would parse overrides at import, where a typo is a
   traceback nobody can catch. `FLAGS.config` is None where it is not given.
@@ -37,9 +38,9 @@ def define_config(explanation: str) -> None:
   config_flags.DEFINE_config_file(
     "config",
     None,
-    f"Config file, FILE.py or FILE.py:ARGUMENT. "
-    f"--config.KEY=VALUE overrides a key, of the config in --workdir where there "
-    f"is no --config. {explanation}",
+    f"Config of the package by its name, FILE.py, either with :ARGUMENT, or the "
+    f"config.json of a run. --config.KEY=VALUE overrides a key, of the config in "
+    f"--workdir where there is no --config. {explanation}",
     lock_config=True,
   )
 
@@ -118,10 +119,6 @@ def use_huge_pages() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   try:
-    for argument in argv[1:]:
-      override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-      if override is not None:
-        config_lib.check_key(override[1])
     arguments = FLAGS(_with_config(argv))
     if "config" in FLAGS and FLAGS.config is not None:
       FLAGS.config.keys()  # raises now if the file could not be read
@@ -129,26 +126,52 @@ def _parse(argv: list[str]) -> list[str]:
   except SystemExit as leave:  # after --help absl leaves with 1
     sys.exit(0 if leave.code == 1 else leave.code)
   except (AttributeError, KeyError) as error:
+    if unknown := _unknown_key(argv):
+      _fail(unknown)
     _fail(error, "no such key in this config: ")
+  except flags.UnrecognizedFlagError as error:
+    _fail(_unknown_key(argv) or error)  # maybe a key of a config that is not given
   except (flags.Error, OSError, TypeError, ValueError) as error:
     _fail(error)
 
 
 def _with_config(argv: list[str]) -> list[str]:
-  """With the config of --workdir, where only keys of a config are given."""
-  flag = re.compile(r"--?(config|workdir|(?:no)?config\..+?)(?:=(.*))?$", re.DOTALL)
-  given = {}
-  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-    if found := flag.match(argument):
-      given[found[1]] = following if found[2] is None else found[2]
-  workdir = given.pop("workdir", "")
-  if not given or "config" in given or not workdir:
-    return argv
-  if not (files.path(workdir) / "config.json").exists():
-    return argv
-  from l2w_jax.run import config_of_run
+  """With --config as a file that its flag can read.
 
-  return [argv[0], f"--config={config_of_run.__file__}:{workdir}", *argv[1:]]
+  Where only keys of a config are given, that is the config of --workdir.
+  """
+  from l2w_jax.run import config_by_name, config_of_run
+
+  read, given, words = [], {}, iter(argv)
+  for word in words:
+    if re.fullmatch("--?(config|workdir)", word):
+      word = f"{word}={next(words, '')}"
+    found = re.match(
+      r"--?(config|workdir|(?:no)?config\..+?)(?:=(.*))?$", word, re.DOTALL
+    )
+    if found:
+      given[found[1]] = found[2]
+    if found and found[1] == "config":
+      named.config_file(found[2])  # raises now, without a traceback in its words
+      word = f"--config={config_by_name.__file__}:{found[2]}"
+    read.append(word)
+  workdir = given.pop("workdir", "")
+  if given and "config" not in given and workdir:
+    if (files.path(workdir) / "config.json").exists():
+      read.insert(1, f"--config={config_of_run.__file__}:{workdir}")
+  return read
+
+
+def _unknown_key(argv: list[str]) -> ValueError | None:
+  """The error of the first override of a key that no config has."""
+  for word in argv[1:]:
+    override = re.match(r"--?(?:no)?config\.([^=]+)", word)
+    try:
+      if override is not None:
+        config_lib.check_key(override[1])
+    except ValueError as error:
+      return error
+  return None
 
 
 def _fail(error: Exception, prefix: str = "", code: int = 2) -> NoReturn:

@@ -22,6 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
+from l2w_jax import named
 from l2w_jax.run import files, schema
 from l2w_jax.run.schema import (
   COUNT,
@@ -389,7 +390,7 @@ def read_manifest(folder: files.Path) -> dict[str, Any] | None:
 
 
 def _read(workdir: files.Path, name: str, parse: Callable[[bytes], Any]) -> Any:
-  path, command = workdir / name, f"python -m l2w_jax.main --workdir={workdir}"
+  path, command = workdir / name, f"python -m l2w_jax --workdir={workdir}"
   if name == "config.json":
     advice = (
       "delete it: it is restored from the checkpoints, or written again by "
@@ -402,6 +403,8 @@ def _read(workdir: files.Path, name: str, parse: Callable[[bytes], Any]) -> Any:
     return parse(path.read_bytes())
   except FileNotFoundError:
     raise ValueError(f"{path} is missing; {advice}") from None
+  except named.NotHere:  # the file is sound
+    raise
   except Exception as error:  # damaged files raise anything
     raise ValueError(f"cannot use {path}: {_one_line(error)}; {advice}") from error
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
+from l2w_jax import named
 from l2w_jax.method import allocation, baselines, estimators, meta, weighting
 from l2w_jax.method import losses as losses_lib
 from l2w_jax.models import equilibrium, wpn
@@ -406,4 +407,12 @@ def given_weights(
   if config.method == "easy_early":
     output = baselines.easy_early_output(devices.gather(losses))
     return _centred(config, devices, devices.own(output))
+  if named.is_own(config.method):
+    weights = named.own(config.method)(losses, devices.mean)
+    if jnp.shape(weights) != losses.shape:
+      raise ValueError(
+        f"config.method={config.method!r} must give weights of the shape of the "
+        f"losses, {losses.shape}; got {jnp.shape(weights)}"
+      )
+    return weights
   return jnp.ones_like(losses)
