@@ -178,7 +178,7 @@ _EVERY_MODEL = {
   ),
 }
 
-MODEL_KEYS = {
+MODEL_KEYS: dict[str, dict[str, Key]] = {
   "msdnet": {
     "num_exits": _integer(5, 1, "K; 5 or 7 in the paper"),
     "step": _integer(1, 1, "layers between exits"),
@@ -218,7 +218,7 @@ MODEL_KEYS = {
   },
 }
 
-_own_models: dict[str, Mapping[str, Key]] = {}  # that were asked for so far
+_own_models: dict[str, dict[str, Key]] = {}  # that were asked for so far
 
 _NAME = {
   "name": _choice_or_own("msdnet", tuple(MODEL_KEYS), "CLASS", "kind of backbone")
@@ -655,7 +655,7 @@ def _all_keys(model_keys: Mapping[str, Key]) -> Mapping:
   return {**KEYS, "model": {**_NAME, **model_keys}}
 
 
-def _holder(node: Mapping | ConfigDict, key: str) -> Mapping | ConfigDict:
+def _holder(node: Any, key: str) -> Any:
   """What holds the last name of a dotted key; ValueError unless it is there."""
   path = "config"
   for name in key.split("."):
@@ -735,6 +735,7 @@ def read_config(name: str) -> ConfigDict:
     except (ValueError, TypeError) as error:
       raise ValueError(f"{file} is no config of a run: {error}") from error
   spec = importlib.util.spec_from_file_location("_l2w_jax_config", file)
+  assert spec is not None and spec.loader is not None  # it is a file
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # dataclasses in it look there for themselves
   spec.loader.exec_module(module)

@@ -148,7 +148,7 @@ def run(mode: str, workdir: files.Path, config, **own: str | None) -> None:
         f"--out={out}: {what}; name a file in a folder that is there"
       )
     os_errors.check_writable([out.parent])
-    return _predict(workdir, config, files.path(own["images"]), out)
+    return _predict(workdir, config, files.path(str(own["images"])), out)
   if parallel.is_writer():
     os_errors.check_writable([workdir / name for name in WRITTEN[mode]])
   with lock.held(workdir):
