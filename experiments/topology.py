@@ -12,6 +12,7 @@ over those of their values (a TPU pads), and instructions that it computes twice
 save memory.
 
 Topologies: v5e:2x4 (one host), v5e:4x8 (eight hosts), v4:2x2x1, v5p:2x2x2, v6e:2x4.
+GPUs are not described here: on a machine with one, benchmark.py asks its compiler.
 Generating code for a large step takes tens of minutes; --hlo-only stops before it,
 when memory, collectives and fusions are known, and cycles are not.
 """
@@ -54,6 +55,7 @@ DUMP = "L2W_TOPOLOGY_DUMP"  # where --hlo-only reads what a process of it writes
 PROGRAMS = ("feed", "forward", "uniform", "l2w", "scorer")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+GPU = re.compile("(?i)cuda|gpu|rtx|g?[abhl][0-9]")
 SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\](\{[^}]*\})?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 
@@ -62,8 +64,14 @@ def describe(topology: str) -> list:
   """The devices of a topology such as v5e:2x4.
 
   Raises:
-    ValueError: no such topology, or no libtpu.
+    ValueError: no such topology, a GPU, or no libtpu.
   """
+  if GPU.match(topology):
+    raise ValueError(
+      f"--topology={topology}: only TPUs are described, such as v5e:2x4; a GPU's "
+      "compiler comes with the CUDA wheels of jax[cuda13], so on a machine with the "
+      "GPU run experiments/benchmark.py CONFIG --compile-only instead"
+    )
   os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     TPU_WORKER_HOSTNAMES="localhost",

@@ -86,6 +86,12 @@ def test_the_scorer_compiles_for_four_hosts(tmp_path):
   assert number(facts, "all-gather") <= 1
 
 
+@pytest.mark.parametrize("gpu", ["h100", "H200:1x8", "cuda", "a100:8", "gb200"])
+def test_a_gpu_is_one_clear_error(gpu):
+  with pytest.raises(ValueError, match=f"={gpu}: only TPUs .* --compile-only"):
+    topology.describe(gpu)
+
+
 def test_an_unknown_topology_is_one_clear_error():
   with pytest.raises(
     ValueError, match="v9:2x4 must be CHIP:SIZES, such as v5e:2x4"
