@@ -1,6 +1,8 @@
 """ImageNet, MSDNet with 5 exits; the argument is STEP-METHOD, such as 6-l2w.
 
 Steps 4, 6 and 7 are the paper's three networks, for 100 epochs.
+
+It fills a TPU's lanes on up to 16 chips; on 32 take batch=8192 (docs/tpu.md).
 """
 
 from l2w_jax import config as l2w_config

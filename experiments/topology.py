@@ -69,8 +69,8 @@ def describe(topology: str) -> list:
   if GPU.match(topology):
     raise ValueError(
       f"--topology={topology}: only TPUs are described, such as v5e:2x4; a GPU's "
-      "compiler comes with the CUDA wheels of jax[cuda13], so on a machine with the "
-      "GPU run experiments/benchmark.py CONFIG --compile-only instead"
+      "compiler comes with the CUDA wheels of jax[cuda13], so on a machine "
+      "with the GPU run experiments/benchmark.py CONFIG --compile-only instead"
     )
   os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
