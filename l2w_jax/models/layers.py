@@ -201,14 +201,16 @@ def _num_values(x: Image, axis_name: str | None) -> int:
 
 def _means(images: PyTree, axis_name: str | None) -> PyTree:
   """Means per channel; sums are divided together, in one operation of a TPU."""
-  sums = jax.tree.map(lambda x: x.sum((0, 1, 2)), images)
-  counts = jax.tree.map(
-    lambda x: np.full(x.shape[-1], _num_values(x, axis_name), x.dtype), images
+  ravel = jax.flatten_util.ravel_pytree
+  sums, separate = ravel(jax.tree.map(lambda x: x.sum((0, 1, 2)), images))
+  counts, _ = ravel(
+    jax.tree.map(
+      lambda x: jnp.full(x.shape[-1], _num_values(x, axis_name), x.dtype), images
+    )
   )
-  vector, separate = jax.flatten_util.ravel_pytree(sums)
   if axis_name is not None:
-    vector = jax.lax.psum(vector, axis_name)
-  return separate(vector / np.concatenate(jax.tree.leaves(counts)))
+    sums = jax.lax.psum(sums, axis_name)
+  return separate(sums / counts)
 
 
 def _moments(
