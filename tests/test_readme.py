@@ -49,8 +49,8 @@ def test_every_python_block_is_run_below_or_marked():
 def test_links_lead_somewhere():
   for page, text in PAGES.items():
     folder = ROOT if page == "README.md" else ROOT / "docs"
-    prose = re.sub(r"^```.*?^```|`[^`]*`", "", text, flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)", prose):
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\((?!http|#)([^)#\s]+)[)#]", prose):
       assert (folder / target).exists(), f"{page}: {target}"
 
 
