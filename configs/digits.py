@@ -2,6 +2,8 @@
 
 Small first exits and halves of 256 images, so that there is something to learn:
 which images leave early, and which weights that asks for.
+
+It fills a TPU's lanes on 1 or 2 chips; on 8 take batch=2048 (docs/tpu.md).
 """
 
 from l2w_jax import config as l2w_config

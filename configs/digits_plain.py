@@ -1,4 +1,7 @@
-"""UCI handwritten digits (embedded), as they are: MSDNet, 4 exits, 8×8 images."""
+"""UCI handwritten digits (embedded), as they are: MSDNet, 4 exits, 8×8 images.
+
+Half a TPU's lanes stay empty; on one chip take batch=256 (docs/tpu.md).
+"""
 
 from l2w_jax import config as l2w_config
 

@@ -1,4 +1,7 @@
-"""ImageNet, RANet with 8 exits, scales 1-2-3-4; L2W on it was never released."""
+"""ImageNet, RANet with 8 exits, scales 1-2-3-4; L2W on it was never released.
+
+It fills a TPU's lanes on up to 16 chips; on 32 take batch=8192 (docs/tpu.md).
+"""
 
 from l2w_jax import config as l2w_config
 

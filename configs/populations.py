@@ -2,6 +2,8 @@
 
 CIFAR images and digits in one set, and a first exit that can serve the digits
 alone; experiments/make_sets.py writes the set.
+
+It fills a TPU's lanes on 1 or 2 chips; on 8 take batch=2048 (docs/tpu.md).
 """
 
 from l2w_jax import config as l2w_config

@@ -1,6 +1,8 @@
 """Setting B of experiments/protocol.md: CIFAR-100 at 16×16 with poor first exits.
 
 experiments/make_sets.py writes the set.
+
+It fills a TPU's lanes on 1, 2 or 4 chips; on 8 take batch=2048 (docs/tpu.md).
 """
 
 from l2w_jax import config as l2w_config

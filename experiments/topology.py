@@ -12,6 +12,7 @@ over those of their values (a TPU pads), and instructions that it computes twice
 save memory.
 
 Topologies: v5e:2x4 (one host), v5e:4x8 (eight hosts), v4:2x2x1, v5p:2x2x2, v6e:2x4.
+GPUs are not described here: on a machine with one, benchmark.py asks its compiler.
 Generating code for a large step takes tens of minutes; --hlo-only stops before it,
 when memory, collectives and fusions are known, and cycles are not.
 """
@@ -50,10 +51,11 @@ CLOCK = {
   "v6e": 1.75e9,
 }  # cycles a second
 HBM = {"v5e": 16, "v4": 32, "v5p": 95, "v6e": 32}  # GiB of a chip
-LANES = 128
+DUMP = "L2W_TOPOLOGY_DUMP"  # where --hlo-only reads what a process of it writes
 PROGRAMS = ("feed", "forward", "uniform", "l2w", "scorer")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+GPU = re.compile("(?i)cuda|gpu|rtx|g?[abhl][0-9]")
 SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\](\{[^}]*\})?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 
@@ -62,8 +64,14 @@ def describe(topology: str) -> list:
   """The devices of a topology such as v5e:2x4.
 
   Raises:
-    ValueError: no such topology, or no libtpu.
+    ValueError: no such topology, a GPU, or no libtpu.
   """
+  if GPU.match(topology):
+    raise ValueError(
+      f"--topology={topology}: only TPUs are described, such as v5e:2x4; a GPU's "
+      "compiler comes with the CUDA wheels of jax[cuda13], so on a machine "
+      "with the GPU run experiments/benchmark.py CONFIG --compile-only instead"
+    )
   os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     TPU_WORKER_HOSTNAMES="localhost",
@@ -260,57 +268,57 @@ def facts_of(text: str, memory: dict[str, int], seconds: float) -> dict:
   }
 
 
+def memory_of(folder: pathlib.Path) -> dict[str, int]:
+  """Bytes in a chip's memory, from the assignment of buffers that XLA wrote."""
+  (path,) = folder.glob("*.after_optimizations-buffer-assignment.txt")
+  # Other memories than the chip's have a colour.
+  sizes = re.findall(r"^allocation \d+: size (\d+), (\w+)", path.read_text(), re.M)
+  found = collections.Counter()
+  for size, kind in sizes:
+    found[kind] += int(size)
+  return {
+    "temporary_bytes": found["preallocated"],
+    "argument_bytes": found["parameter"],
+  }
+
+
 def compiled(name: str, config, devices: list) -> dict:
   """Facts of a program, compiled to the end."""
   began = time.monotonic()
-  program = lower(name, config, devices).compile()
-  memory = program.memory_analysis()
-  return facts_of(
-    program.as_text(),
-    {
-      "temporary_bytes": memory.temp_size_in_bytes,
-      "argument_bytes": memory.argument_size_in_bytes,
-    },
-    time.monotonic() - began,
-  )
+  lowered = lower(name, config, devices)
+  with tempfile.TemporaryDirectory() as place:
+    folder = os.environ.get(DUMP, place)
+    # Its own `memory_analysis` says 0 of what a step keeps.
+    program = lowered.compile(compiler_options={"xla_dump_to": folder})
+    memory = memory_of(pathlib.Path(folder))
+  return facts_of(program.as_text(), memory, time.monotonic() - began)
 
 
 def hlo_only(arguments: list[str], name: str) -> dict:
   """Facts of a program, from what its compiler writes before it generates code."""
   began = time.monotonic()
-  with tempfile.TemporaryDirectory() as folder:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
-    process = subprocess.Popen(
-      [sys.executable, __file__, *arguments, f"--program={name}"],
-      env=os.environ | {"XLA_FLAGS": flags},
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
+  with tempfile.TemporaryDirectory() as place:
+    folder, said = pathlib.Path(place), pathlib.Path(place, "stderr")
+    with said.open("w") as stderr:
+      process = subprocess.Popen(
+        [sys.executable, __file__, *arguments, f"--program={name}"],
+        env=os.environ | {DUMP: place},
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+      )
     try:
       while True:
         # The last file that is written before: the report of the memory.
-        reports = sorted(
-          pathlib.Path(folder).glob("*memory-usage-report.txt"),
-          key=lambda path: path.stat().st_size,
-        )
+        reports = list(folder.glob("*.after_optimizations-memory-usage-report.txt"))
         ended = process.poll() is not None
-        if reports and (ended or time.time() - reports[-1].stat().st_mtime > 2):
+        if reports and (ended or time.time() - reports[0].stat().st_mtime > 2):
           break
         if ended:
-          raise ValueError(
-            f"{name} could not be compiled: {process.stderr.read().strip()[-300:]}"
-          )
+          lines = said.read_text().strip().splitlines() or ["it said nothing"]
+          raise ValueError(f"{name} could not be compiled: {lines[-1][:500]}")
         time.sleep(0.5)
-      report = reports[-1].read_text()
-
-      texts = sorted(
-        pathlib.Path(folder).glob("*after_optimizations.txt"),
-        key=lambda path: path.stat().st_size,
-      )
-      total = re.search(r"Total bytes used: (\d+)", report)
-      memory = {"temporary_bytes": int(total[1]) if total else None}
-      return facts_of(texts[-1].read_text(), memory, time.monotonic() - began)
+      (path,) = folder.glob("*.after_optimizations.txt")
+      return facts_of(path.read_text(), memory_of(folder), time.monotonic() - began)
     finally:
       process.kill()
       process.wait()

@@ -1,6 +1,8 @@
 """Every config file loads; every wrong key or value is one clear error."""
 
+import ast
 import pathlib
+import re
 
 import jax
 import pytest
@@ -9,6 +11,7 @@ from ml_collections import ConfigDict
 import l2w_jax
 from l2w_jax import config as config_lib
 from l2w_jax.method import estimators
+from l2w_jax.run import parallel
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs/digits.py")
@@ -35,6 +38,21 @@ def test_every_config_loads_is_locked_and_builds(file, method):
   assert config.is_locked and config.model.is_locked
   assert config_lib.validate(config) is config
   l2w_jax.build_backbone(config.model, 10, image_shape(config))
+
+
+@pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: file.stem)
+def test_every_config_says_which_batch_fills_a_tpu(file):
+  text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+  chips, batch = re.search(
+    r"on (one chip|\d+) take batch=(\d+) \(docs/tpu\.md\)", text
+  ).groups()
+  chips = 1 if chips == "one chip" else int(chips)
+  given = l2w_jax.load_config(str(file)).batch
+  assert parallel.fuller_batch(int(batch), chips) is None
+  assert parallel.fuller_batch(given, chips) == int(batch)
+  full = re.search(r"It fills a TPU's lanes on (.*);", text)
+  for number in re.findall(r"\d+", full[1] if full else ""):
+    assert parallel.fuller_batch(given, int(number)) is None
 
 
 def test_there_is_a_config_for_every_published_data_set():

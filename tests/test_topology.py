@@ -23,13 +23,13 @@ pytestmark = [
 ]
 
 
-def compile_for(tmp_path, config, program, described, **overrides):
+def compile_for(tmp_path, config, program, described, *extra, **overrides):
   """What topology.py stores of a program."""
   out = tmp_path / "out.json"
   flags = [f"--set={key}={value}" for key, value in overrides.items()]
   done = subprocess.run(
     [sys.executable, "experiments/benchmark.py", f"configs/{config}.py", *flags]
-    + [f"--topology={described}", f"--program={program}", f"--out={out}"],
+    + [f"--topology={described}", f"--program={program}", f"--out={out}", *extra],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -79,11 +79,28 @@ def test_a_small_step_exchanges_one_message_for_each_batchnorm(
   assert facts["rematerialised"] == 0
 
 
+def test_before_code_is_generated_all_but_cycles_is_known(tmp_path):
+  asked = tmp_path, "digits_plain", "uniform", "v5e:2x4"
+  overrides = TINY | {"batch": 2048}
+  _, whole = compile_for(*asked, **overrides)
+  _, early = compile_for(*asked, "--hlo-only", **overrides)
+  assert whole["cycles"] and not early["cycles"]
+  assert early["temporary_bytes"] > 2**20  # activations of 128 images at least
+  for name in ("temporary_bytes", "argument_bytes", "collectives", "fusions"):
+    assert early[name] == whole[name]
+
+
 def test_the_scorer_compiles_for_four_hosts(tmp_path):
   about, facts = compile_for(tmp_path, "digits_plain", "scorer", "v5e:4x4", **TINY)
   assert (about["devices"], about["hosts"]) == (16, 4)
   assert facts["temporary_bytes"] < 64 * 2**20
   assert number(facts, "all-gather") <= 1
+
+
+@pytest.mark.parametrize("gpu", ["h100", "H200:1x8", "cuda", "a100:8", "gb200"])
+def test_a_gpu_is_one_clear_error(gpu):
+  with pytest.raises(ValueError, match=f"={gpu}: only TPUs .* --compile-only"):
+    topology.describe(gpu)
 
 
 def test_an_unknown_topology_is_one_clear_error():
