@@ -69,6 +69,8 @@ setuptools.setup(
     # Downloads and prepares sets, by TFDS's own builders. Reading what was
     # prepared never needs it.
     "prepare": ["tensorflow"],
+    # The site: `mkdocs build --strict`.
+    "docs": ["mkdocs-material", "mkdocstrings[python]"],
     "test": [
       "pytest",
       "grain",
