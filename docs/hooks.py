@@ -1,8 +1,8 @@
 """What the site needs and the repository's pages do not.
 
 The README is the first page, with its pictures; a link to what is in the repository
-but not on the site becomes one to the repository. So the same files are pages here and
-there.
+but not on the site becomes one to the repository. So the same files are pages on
+both.
 """
 
 import pathlib
