@@ -34,6 +34,8 @@ def on_page_markdown(markdown, page, config, files):
     on_site = target.removeprefix("docs/")
     if files.get_file_from_path(on_site):
       return f"]({on_site}"
+    if not (ROOT / target).exists():
+      return link[0]  # for mkdocs to complain of
     kind = "tree" if (ROOT / target).is_dir() else "blob"
     return f"]({config.repo_url.rstrip('/')}/{kind}/main/{target}"
 
