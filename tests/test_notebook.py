@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 
 import pytest
 from conftest import ROOT, TINY
@@ -23,13 +24,50 @@ def outputs(cell) -> str:
   )
 
 
+def source(name: str) -> str:
+  """The text of a cell, by its id."""
+  (cell,) = [cell for cell in load().cells if cell.id == name]
+  return cell.source
+
+
 def test_it_is_stored_with_the_outputs_of_a_run():
   cells = [cell for cell in load().cells if cell.cell_type == "code"]
   text = "".join(map(outputs, cells))
-  assert "-0.471" in text and "image/png" in text and "unroll:2" in text
+  assert "-0.471" in text and "image/png" in text and "first_order" in text
   assert "Traceback" not in text and str(pathlib.Path.home()) not in text
-  # It calls the package: functions of its own are those of the toy.
-  assert {cell.id for cell in cells if "def " in cell.source} == {"toy"}
+
+
+def test_no_answer_follows_its_question():
+  cells = load().cells
+  text = "".join(cell.source for cell in cells)
+  questions = [c for c in cells if "**Exercise" in c.source]
+  assert len(questions) == text.count("<summary>Exercise") > 3
+  for question in questions:
+    after = cells[cells.index(question) + 1]
+    assert after.id.startswith("exercise") or after.cell_type == "markdown"
+    assert not after.get("outputs")
+  assert all(c.id == "answers" for c in cells if "<summary>" in c.source)
+
+
+def test_its_address_is_one():
+  (address,) = re.findall('^REPOSITORY = "(.+?)"', source("install"), re.MULTILINE)
+  for page in ("mkdocs.yml", "CONTRIBUTING.md"):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall(r"https://github\.com/[^/]+/l2w_jax\b", text) == [address]
+  badges = re.findall(
+    r"github(?:\.com)?/([^/]+/[^/]+)/blob/\S+?/(\S+)\)", source("title")
+  )
+  name = address.removeprefix("https://github.com/")
+  assert badges == [(name, str(NOTEBOOK.relative_to(ROOT)))] * 2
+
+
+def test_without_an_address_the_install_cell_says_so(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  code = source("install").replace(
+    "https://github.com/", "https://github.com/OWNER/"
+  )
+  with pytest.raises(SystemExit, match="^Set REPOSITORY .*[.]$"):
+    exec(code, {})
 
 
 @pytest.mark.slow
@@ -38,13 +76,7 @@ def test_it_runs(tmp_path, monkeypatch):
   monkeypatch.setenv(
     "L2W_NOTEBOOK",
     json.dumps(
-      TINY
-      | {
-        "diagnose.every": 8,
-        "diagnose.half": 16,
-        "diagnose.meta_halves": 2,
-        "diagnose.estimators": ["jvp"],
-      }
+      TINY | {"model.num_exits": 3, "diagnose.half": 64, "diagnose.meta_halves": 2}
     ),
   )
   monkeypatch.setenv(
@@ -58,9 +90,8 @@ def test_it_runs(tmp_path, monkeypatch):
   cells = {
     cell.id: outputs(cell) for cell in notebook.cells if cell.cell_type == "code"
   }
-  toy, table, *pictures = (
-    cells[name] for name in ("toy", "table", "diagnostics", "weights", "other")
-  )
-  assert toy.count("-0.471") == 3
-  assert "jvp" in table and "finite_difference" not in table
-  assert all("image/png" in picture for picture in pictures)
+  assert cells["toy"].count("-0.471") == 3
+  assert "image/png" in cells["learned"]
+  assert "by the package" in cells["package"]
+  assert "jvp" in cells["estimators"] and "classifiers" in cells["estimators"]
+  assert "worst exit" in cells["objectives"]

@@ -20,7 +20,7 @@ from l2w_jax.training import step as train_step
 
 PAGES = {
   path.name: path.read_text(encoding="utf-8")
-  for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+  for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 }
 
 
@@ -47,7 +47,7 @@ def test_every_python_block_is_run_below_or_marked():
 
 def test_links_lead_somewhere():
   for page, text in PAGES.items():
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    folder = ROOT if (ROOT / page).exists() else ROOT / "docs"
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\((?!http|#)([^)#\s]+)[)#]", prose):
       assert (folder / target).exists(), f"{page}: {target}"

@@ -61,13 +61,14 @@ Numbers = ArrayLike | Sequence[float]
 class Answers:
   """What a network says of N images, each at the exit where it left.
 
-  label: int32 [N], the class; `class_name` is its name.
-  exit: int32 [N], counted from 1.
-  confidence: float32 [N], by the network's measure, which decided to leave.
-  logits: float32 [N C].
-  macs: float64 [N], cost up to that exit.
-  temperature: float32 [N], fitted for that exit, 1 where none was.
-  class_names: C names, empty if the network has none.
+  Attributes:
+    label: int32 [N], the class; `class_name` is its name.
+    exit: int32 [N], counted from 1.
+    confidence: float32 [N], by the network's measure, which decided to leave.
+    logits: float32 [N C].
+    macs: float64 [N], cost up to that exit.
+    temperature: float32 [N], fitted for that exit, 1 where none was.
+    class_names: C names, empty if the network has none.
   """
 
   label: np.ndarray
@@ -102,8 +103,11 @@ class Answers:
 class Calibration(NamedTuple):
   """Scores of the split that chooses thresholds.
 
-  confidence: [N K]; correct: bool [N K]; search: "held_out" or "released";
-  held_out: False if the network was trained on it.
+  Attributes:
+    confidence: [N K].
+    correct: bool [N K].
+    search: "held_out" or "released", see `exit_policy.find_thresholds`.
+    held_out: False if the network was trained on it.
   """
 
   confidence: np.ndarray
@@ -115,8 +119,11 @@ class Calibration(NamedTuple):
 class State(NamedTuple):
   """What passes from stage to stage.
 
-  label, confidence, logits: answer of the exit just passed.
-  carry: what later stages need, a list of arrays [W …]; empty at the end.
+  Attributes:
+    label: of the exit just passed, the class.
+    confidence: of that exit.
+    logits: of that exit.
+    carry: what later stages need, a list of arrays [W …]; empty at the end.
   """
 
   label: Int[Array, " W"]

@@ -36,16 +36,26 @@ _NUMBERS = {"q": 1, "macs": 1, "accuracy": 1, "risk": 2}
 
 
 class Target(NamedTuple):
-  """kind: q, macs, accuracy or risk; values: its numbers."""
+  """What a user wants, as `parse` reads it.
+
+  Attributes:
+    kind: q, macs, accuracy or risk.
+    values: its numbers.
+  """
 
   kind: str
   values: tuple[float, ...]
 
 
 class Choice(NamedTuple):
-  """Thresholds [K] and what they give on the calibration split.
+  """Thresholds and what they give on the calibration split.
 
-  note: what the user should know of the choice, or "".
+  Attributes:
+    thresholds: [K].
+    accuracy: fraction of images right where they leave.
+    macs: mean cost of an image.
+    exits: [K], fraction of images leaving at each exit.
+    note: what the user should know of the choice, or "".
   """
 
   thresholds: np.ndarray

@@ -53,11 +53,11 @@ def make_train_step(
       count in them.
 
   Returns:
-    step(state, batch). batch is {"image": [2B H W channels], "label": [2B]},
-    images ready for the network; an odd batch splits into ceil and rest, and
-    its per-sample metrics are pairs instead of stacked arrays. Metrics, one
-    entry per half: train_loss [2] in nats, weights [2 B K], losses [2 B K], and
-    where the WPN is updated meta_loss [2] in nats, allocated [2 B K] (bool) and
+    step(state, batch). A batch has "image" [2B H W channels], ready for the
+    network, and "label" [2B]; an odd one splits into ceil and rest, and its
+    per-sample metrics are pairs instead of stacked arrays. Metrics, one entry per
+    half, are train_loss [2] in nats, weights [2 B K], losses [2 B K], and where
+    the WPN is updated meta_loss [2] in nats, allocated [2 B K] (bool) and
     wpn_gradient (∇_Φ L_meta, before weight decay).
 
   Raises:
