@@ -1,7 +1,9 @@
 """The worked examples of the README and of docs/ run as they are printed there."""
 
+import ast
 import importlib
 import re
+import shlex
 import sys
 import tomllib
 
@@ -13,6 +15,7 @@ import test_models
 from conftest import ROOT
 
 import l2w_jax
+import l2w_jax as l2w
 from l2w_jax import config as config_lib
 from l2w_jax.data import sources
 from l2w_jax.models.backbone import Backbone
@@ -51,6 +54,52 @@ def test_links_lead_somewhere():
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\((?!http|#)([^)#\s]+)[)#]", prose):
       assert (folder / target).exists(), f"{page}: {target}"
+
+
+def commands(text: str) -> list[list[str]]:
+  """The words of every command of the package, and of its scripts, on a page."""
+  blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+  found = []
+  for line in "".join(blocks).replace("\\\n", " ").splitlines():
+    words = shlex.split(line, comments=True)
+    while "&&" in words:
+      end = words.index("&&")
+      found.append(words[:end])
+      words = words[end + 1 :]
+    found.append(words)
+  return [words for words in found if words and words[0] in ("l2w-jax", "python")]
+
+
+def literal(text: str):
+  """The value of an override."""
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text
+
+
+def test_every_command_has_flags_keys_and_files_that_there_are():
+  source = (ROOT / "l2w_jax/main.py").read_text(encoding="utf-8")
+  known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"config"}
+  checked = 0
+  for page, text in PAGES.items():
+    for command, first, *words in commands(text):
+      if command == "python" and first != "-m":
+        assert (ROOT / first).is_file() or first == "-m", f"{page}: {first}"
+      if command != "l2w-jax" or not first.startswith("--"):
+        continue
+      given = dict(word[2:].split("=", 1) for word in [first, *words])
+      keys = {
+        name.removeprefix("config."): literal(value)
+        for name, value in given.items()
+        if name.startswith("config.")
+      }
+      assert {name for name in given if "config." not in name} <= known, page
+      config = given.get("config", "digits")
+      if not re.search("plain.py|rules", config):  # of the reader's; run below
+        l2w.load_config(config, keys)
+        checked += 1
+  assert checked > 10
 
 
 def test_the_lines_from_python_run_as_printed(tmp_path, monkeypatch, capsys):
