@@ -197,6 +197,7 @@ class Torture:
     self.stay, self.reference = stay, reference
     self.kills, self.lost = collections.Counter(), collections.defaultdict(list)
     self.runs, self.resumes, self.faults = 0, 0, []
+    self.process = None  # of the latest start
 
   def run(self) -> None:
     """One run, started until a start gets through."""
@@ -210,6 +211,7 @@ class Torture:
   def _start(self, workdir) -> bool:
     """Whether a start was killed."""
     before, start = saved(workdir), Start(workdir)
+    self.process = start.process
     number = now = None
     if self.left and random.random() < 0.9:
       number = random.choice(SIGNALS)
@@ -279,6 +281,9 @@ def main(arguments=None) -> int:
   with contextlib.suppress(KeyboardInterrupt):  # the table of the kills so far
     while torture.left > 0:
       torture.run()
+  if torture.process is not None:
+    torture.process.kill()  # nothing, where it has ended
+    torture.process.wait()
   print(torture.table())
   print(
     f"{sum(torture.kills.values())} kills, {torture.runs} runs, {torture.resumes} "
