@@ -6,15 +6,12 @@ that a sample can be weighted down as a whole.
 It fills a TPU's lanes on 1 or 2 chips; on 8 take batch=2048 (docs/tpu.md).
 """
 
-import pathlib
-
 from l2w_jax import config as l2w_config
 
 
 def get_config(method="l2w"):
   """`method` is l2w or uniform."""
-  populations = pathlib.Path(__file__).with_name("populations.py")
-  config = l2w_config.load_config(f"{populations}:{method}")
+  config = l2w_config.load_config(f"populations:{method}")
   config.data.label_noise = 0.4
   config.data.meta = 2_000
   config.meta.center_over = "all"

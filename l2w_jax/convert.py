@@ -45,7 +45,7 @@ _LEAVES = dict(
   kernel="weight", scale="weight", mean="running_mean", var="running_var"
 )
 # Where a part comes in a released state_dict; numbers count up.
-_ORDER = (
+_ORDER: list[str] = (
   "blocks scale_flows classifier FirstLayer layers conv_last trans m linear"
   " conv_down conv_up conv_normal net weight bias running_mean running_var"
 ).split()
@@ -98,8 +98,7 @@ def _rename(module: str) -> str:
 
 def _position(name: str) -> list[int]:
   return [
-    int(part) if part.isdigit() else [*map(str, _ORDER)].index(part)
-    for part in name.split(".")
+    int(part) if part.isdigit() else _ORDER.index(part) for part in name.split(".")
   ]
 
 

@@ -1,6 +1,5 @@
 """The worked examples of the README and of docs/ run as they are printed there."""
 
-import ast
 import importlib
 import re
 import shlex
@@ -17,6 +16,7 @@ from conftest import ROOT
 import l2w_jax
 import l2w_jax as l2w
 from l2w_jax import config as config_lib
+from l2w_jax.compare import literal
 from l2w_jax.data import sources
 from l2w_jax.models.backbone import Backbone
 from l2w_jax.training import step as train_step
@@ -70,14 +70,6 @@ def commands(text: str) -> list[list[str]]:
   return [words for words in found if words and words[0] in ("l2w-jax", "python")]
 
 
-def literal(text: str):
-  """The value of an override."""
-  try:
-    return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    return text
-
-
 def test_every_command_has_flags_keys_and_files_that_there_are():
   source = (ROOT / "l2w_jax/main.py").read_text(encoding="utf-8")
   known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"config"}
@@ -85,7 +77,7 @@ def test_every_command_has_flags_keys_and_files_that_there_are():
   for page, text in PAGES.items():
     for command, first, *words in commands(text):
       if command == "python" and first != "-m":
-        assert (ROOT / first).is_file() or first == "-m", f"{page}: {first}"
+        assert (ROOT / first).is_file(), f"{page}: {first}"
       if command != "l2w-jax" or not first.startswith("--"):
         continue
       given = dict(word[2:].split("=", 1) for word in [first, *words])

@@ -294,6 +294,15 @@ def _shape_of_one(records: stored.Records, config: ConfigDict) -> tuple[int, ...
   return (0, 0, records.channels)
 
 
+def _check_size(name: str, split: Split, train: Split, source: str) -> None:
+  if train.images.shape[1:] != split.images.shape[1:]:
+    raise ValueError(
+      f"train images of {source} are {train.images.shape[1:]} and {name} "
+      f"images {split.images.shape[1:]} (height, width, channels); set "
+      "config.data.image_size to bring them to one size"
+    )
+
+
 def _check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
   wrong = labels[(labels < 0) | (labels >= num_classes)]
   if len(wrong):
@@ -389,15 +398,6 @@ def _digits(where: str, config: ConfigDict) -> Source:
     for name in ("train", "calibration", "test")
   )
   return Source(train, test, tuple(map(str, arrays["class_names"])), calibration)
-
-
-def _check_size(name: str, split: Split, train: Split, source: str) -> None:
-  if train.images.shape[1:] != split.images.shape[1:]:
-    raise ValueError(
-      f"train images of {source} are {train.images.shape[1:]} and {name} "
-      f"images {split.images.shape[1:]} (height, width, channels); set "
-      "config.data.image_size to bring them to one size"
-    )
 
 
 def _npz(where: str, config: ConfigDict) -> Source:

@@ -33,9 +33,7 @@ class TfdsRecords:
 
     info = builder.info
     self.title = f"{info.name} {split}"
-    self.files: Sequence[pathlib.Path] = [
-      pathlib.Path(path) for path in info.splits[split].filepaths
-    ]
+    self.files = [pathlib.Path(path) for path in info.splits[split].filepaths]
     self._image, self._label = info.supervised_keys or ("image", "label")
     self.channels = info.features[self._image].shape[-1]
     self._features = info.features

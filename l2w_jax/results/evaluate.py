@@ -83,7 +83,8 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict) -> dict[str, Any]:
   ):
     results["weights"] = diagnostics.learned(metrics["weights"][-1])
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    trained = checkpoints.info() or {}
+    trained = checkpoints.info()
+  assert trained is not None  # it was scored
   results["seconds"] = trained["seconds"] | {"evaluate": time.monotonic() - began}
   _write_table(workdir / "curves.csv", summary.rows(results))
   _write_table(
