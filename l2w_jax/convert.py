@@ -22,7 +22,7 @@ import io
 import pathlib
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ _LEAVES = dict(
   kernel="weight", scale="weight", mean="running_mean", var="running_var"
 )
 # Where a part comes in a released state_dict; numbers count up.
-_ORDER: list[str] = (
+_ORDER: Sequence[str] = (
   "blocks scale_flows classifier FirstLayer layers conv_last trans m linear"
   " conv_down conv_up conv_normal net weight bias running_mean running_var"
 ).split()
