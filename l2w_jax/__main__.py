@@ -6,7 +6,7 @@ without the name of one it is `python -m l2w_jax.main`.
 
 from __future__ import annotations
 
-from l2w_jax.run import stopping
+from l2w_jax.run import huge_pages, stopping
 
 COMMANDS = {
   "compare": "l2w_jax.compare",
@@ -18,6 +18,7 @@ COMMANDS = {
 def main() -> None:
   """Runs the command that the arguments name."""
   stopping.install()  # before the imports that take long
+  huge_pages.use()
   import os
   import runpy
   import sys

@@ -178,11 +178,9 @@ def _predict(workdir, config, images, out) -> None:
 
 def _run(mode, workdir, config, own) -> None:
   """Runs one mode in a run directory that nobody else writes into."""
-  from l2w_jax.exits import export, latency
-  from l2w_jax.results import evaluate, report
+  # What a mode does not need is not waited for.
   from l2w_jax.run import backend, parallel
   from l2w_jax.training import identity
-  from l2w_jax.training import loop as train
 
   say = print if parallel.is_writer() else lambda *_: None
   if mode in ("evaluate", "report", "latency", "export") and parallel.is_writer():
@@ -196,24 +194,35 @@ def _run(mode, workdir, config, own) -> None:
       if config.sync == "local":
         config.num_devices = 0  # those that trained it need not be here
   config = config_lib.from_dict(parallel.from_writer(config and config.to_dict()))
-  if mode in ("all", "train") and not train.train(workdir, config):
-    say(f"{workdir}: training had already finished")
-    if mode == "all" and parallel.from_writer(
-      identity.is_evaluated(workdir, config, "report/index.html")
-    ):
-      say(f"nothing to do; see {workdir / 'report' / 'index.html'}")
-      return
+  if mode in ("all", "train"):
+    from l2w_jax.training import loop
+
+    if not loop.train(workdir, config):
+      say(f"{workdir}: training had already finished")
+      if mode == "all" and parallel.from_writer(
+        identity.is_evaluated(workdir, config, "report/index.html")
+      ):
+        say(f"nothing to do; see {workdir / 'report' / 'index.html'}")
+        return
   if mode in ("all", "evaluate"):
+    from l2w_jax.results import evaluate
+
     results = evaluate.evaluate(workdir, config)
     if parallel.is_writer():
       _print_results(results)
   if mode == "latency":
+    from l2w_jax.exits import latency
+
     _print_latency(latency.measure(workdir, config))
   if mode == "export":
+    from l2w_jax.exits import export
+
     folder = export.export(workdir, own.get("format") or "stablehlo")
     print(f"export: {backend.describe()}", file=sys.stderr)
     say(f"export: {folder}")
   if mode in ("all", "report", "latency") and parallel.is_writer():
+    from l2w_jax.results import report
+
     page = report.write_report(workdir, own.get("figures"))
     if mode == "report":
       print(f"report: {backend.describe()}", file=sys.stderr)

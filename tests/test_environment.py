@@ -125,7 +125,7 @@ def test_streams_and_backends_of_all_kinds(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_a_full_standard_output_is_one_line():
   script = (
-    "from l2w_jax.run import command; command.use_huge_pages = lambda: 0; "
+    "from l2w_jax.run import command, huge_pages; huge_pages.use = lambda: 0; "
     "command.run(lambda arguments: print('answer'))"
   )
   with open("/dev/full", "w") as full:

@@ -278,7 +278,7 @@ def test_help():
 @pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=1"])
 def test_a_command_asks_glibc_for_huge_pages_unless_told_otherwise(given):
   script = (
-    "import os, sys; from l2w_jax.run import command; command.use_huge_pages(); "
+    "import os, sys; from l2w_jax.run import huge_pages; huge_pages.use(); "
     "print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
   )
   env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}

@@ -36,6 +36,7 @@ __all__ = [
   "anytime",
   "breakdown",
   "budgeted",
+  "check_split",
   "confidence",
   "counts",
   "exit_confidence",
@@ -146,7 +147,13 @@ def exits_taken(
   Raises:
     ValueError: an empty split, a NaN confidence, or shapes that do not fit.
   """
-  confidence, thresholds = _checked(confidence, thresholds, "thresholds")
+  return _exits_taken(*_checked(confidence, thresholds, "thresholds"))
+
+
+@jax.jit
+def _exits_taken(
+  confidence: Float[Array, "N K"], thresholds: Float[Array, "*Q K"]
+) -> Int[Array, "*Q N"]:
   leaves = confidence >= thresholds[..., None, :]
   return jnp.argmax(leaves.at[..., -1].set(True), axis=-1)
 
@@ -207,7 +214,7 @@ def counts(
   thresholds: Float[Array, "*Q K"],
 ) -> tuple[Int[Array, "*Q K"], Int[Array, "*Q K"]]:
   """(samples that leave right, samples that leave) at each exit, as counts."""
-  taken = exits_taken(confidence, thresholds)
+  taken = _exits_taken(confidence, thresholds)
   at_exit = taken[..., None] == jnp.arange(confidence.shape[1])
   return (at_exit & correct).sum(-2), at_exit.sum(-2)
 
@@ -298,7 +305,20 @@ def anytime(
     ValueError: an empty split, or not one cost per exit.
   """
   correct, _ = _checked_table(correct, macs)
+  return _anytime(correct)
+
+
+@jax.jit
+def _anytime(correct: Bool[Array, "N K"]) -> Float[Array, " K"]:
   return _fraction(correct.sum(0), len(correct))
+
+
+def check_split(
+  confidence: ArrayLike, correct: ArrayLike, macs: ArrayLike | Sequence[float]
+) -> None:
+  """Raises ValueError for what `budgeted` would refuse, whatever the thresholds."""
+  _checked(confidence, np.asarray(macs, float), "macs")
+  _checked_table(correct, macs)
 
 
 def _fraction(count: Int[Array, "*Q"], total: int) -> Float[Array, "*Q"]:

@@ -128,9 +128,7 @@ def choose(
     ValueError: no thresholds reach the target (it says the nearest), an empty
       split, a NaN confidence, or shapes that do not fit.
   """
-  # Refuses bad splits before anything is searched.
-  exit_policy.exits_taken(confidence, np.zeros(np.shape(macs)))
-  exit_policy.anytime(correct, macs)
+  exit_policy.check_split(confidence, correct, macs)
   confidence, correct = np.asarray(confidence), np.asarray(correct, bool)
   macs, note = np.asarray(macs, np.float64), ""
   if target.kind == "q":
@@ -150,7 +148,7 @@ def choose(
   right, left = exit_policy.counts(confidence, correct, thresholds)
   exits = np.asarray(left) / len(correct)
   return Choice(
-    thresholds, int(right.sum()) / len(correct), float(exits @ macs), exits, note
+    thresholds, int(np.sum(right)) / len(correct), float(exits @ macs), exits, note
   )
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,27 +75,26 @@ def curves(
   tables = [test.correct, calibration.correct]
   if _has_top5(test):
     tables.append(test.top5)
-  at_exit = [exit_policy.anytime(table, macs) for table in tables]
+  at_exit = [exit_policy.anytime(table, macs).tolist() for table in tables]
   anytime = [
     {
       "exit": k + 1,
       "macs": float(macs[k]),
-      **{name: float(x[k]) for name, x in zip(names, at_exit, strict=False)},
+      **{name: x[k] for name, x in zip(names, at_exit, strict=False)},
     }
     for k in range(len(macs))
   ]
   point, values, thresholds = exit_targets.curve(
     calibration.confidence, search, measure
   )
-  budgeted = exit_policy.budgeted(test.confidence, test.correct, macs, thresholds)
-  on_calibration = exit_policy.budgeted(
-    calibration.confidence, calibration.correct, macs, thresholds
-  )
-  top5 = (
-    exit_policy.budgeted(test.confidence, test.top5, macs, thresholds).accuracy
-    if _has_top5(test)
-    else None
-  )
+
+  def score(scores, correct):
+    at = exit_policy.budgeted(scores.confidence, correct, macs, thresholds)
+    return jax.device_get(at)
+
+  budgeted = score(test, test.correct)
+  on_calibration = score(calibration, calibration.correct)
+  top5 = score(test, test.top5).accuracy if _has_top5(test) else None
   return {
     "anytime": anytime,
     "budgeted": [

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import platform
 import re
 import sys
 from collections.abc import Callable, Generator
@@ -22,7 +21,7 @@ from ml_collections import config_flags
 
 from l2w_jax import config as config_lib
 from l2w_jax import named
-from l2w_jax.run import files, os_errors, stopping
+from l2w_jax.run import files, huge_pages, os_errors, stopping
 
 FLAGS = flags.FLAGS
 # `--help` lists a flag with the module that had it defined here.
@@ -47,7 +46,7 @@ def define_config(explanation: str) -> None:
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
   """Parses the flags and calls `main` with the arguments that are none."""
-  use_huge_pages()
+  huge_pages.use()
   stopping.install()
   logging.set_verbosity(logging.WARNING)
   for stream in (sys.stdout, sys.stderr):
@@ -100,21 +99,6 @@ def _can_print(error: OSError) -> bool:
   # Python writes what is left when it ends, and would complain of that.
   os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
   return False
-
-
-def use_huge_pages() -> None:
-  """Starts this command again where glibc is to be told of huge pages.
-
-  XLA on CPUs allocates the temporary memory of a program at every call, and Linux
-  faults it in page by page: with 2 MiB pages a plain step of a network for CIFAR
-  takes a fifth less time (docs/speed.md). glibc reads the setting only when a
-  process starts. A GLIBC_TUNABLES of one's own, also an empty one, is left alone.
-  """
-  if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    stopping.block()  # or they would come to a Python that only starts
-    with contextlib.suppress(OSError):
-      os.execv(sys.executable, sys.orig_argv)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -26,11 +26,15 @@ def enable() -> pathlib.Path | None:
 
   JAX_COMPILATION_CACHE_DIR and a folder set through jax.config stay in force;
   an empty JAX_COMPILATION_CACHE_DIR keeps nothing. Otherwise it is
-  l2w_jax/jax under XDG_CACHE_HOME or ~/.cache.
+  l2w_jax/jax under XDG_CACHE_HOME or ~/.cache. Programs that compile in less than
+  a second are kept, too, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says
+  otherwise: a new target is a dozen of them, and takes 2 s instead of 4.
 
   Returns:
     the folder; None if nothing is kept, also where it cannot be created.
   """
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   chosen = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]
   if "JAX_COMPILATION_CACHE_DIR" in os.environ or chosen:
     if not chosen:
