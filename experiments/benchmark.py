@@ -1,4 +1,4 @@
-"""Speed, operations, memory and compile time of the step, for one config.
+r"""Speed, operations, memory and compile time of the step, for one config.
 
     python experiments/benchmark.py configs/cifar100_msdnet.py \
         --set batch=128 --out cifar100.json

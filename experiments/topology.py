@@ -1,4 +1,4 @@
-"""What the TPU's compiler says of a config's programs; no TPU is needed.
+r"""What the TPU's compiler says of a config's programs; no TPU is needed.
 
     pip install "jax[tpu]"
     python experiments/topology.py configs/cifar100_msdnet.py --topology=v5e:2x4 \

@@ -1,4 +1,4 @@
-"""Trains methods from the same seeds, and compares them: a table and pictures.
+r"""Trains methods from the same seeds, and compares them: a table and pictures.
 
     l2w-jax compare --config=digits --methods=uniform,l2w --seeds=10 \
         --workdir=runs/digits10

@@ -185,6 +185,10 @@ def test_the_lowest_versions_are_those_of_the_package():
   table = PAGES["verification.md"].split("## Versions")[1].split("\n## ")[0]
   rows = re.findall(r"^\| `([\w-]+)`[^|]*\| ([\d.]+) \|", table, re.MULTILINE)
   assert rows == floors and len(floors) > 10
+  first = re.search(r"^\| lowest: (.*) \|$", PAGES["README.md"], re.MULTILINE)
+  wanted = dict(floors)
+  names = ("jax", "flax", "optax", "numpy", "orbax-checkpoint")
+  assert first[1].split(" | ")[2:] == [wanted[name] for name in names]
   (excluded,) = re.findall(r"^jax>=[\d.]+,(.*)", needed[0])
   assert all(version[2:] in table for version in excluded.split(","))
 
