@@ -102,6 +102,8 @@ def mismatches(network, images):
 
 def main():
   """Prints every figure."""
+  if any(argument.startswith("-") for argument in sys.argv[1:]):
+    sys.exit(__doc__)
   search_times()
   network, images = of_run(sys.argv[1]) if sys.argv[1:] else cifar_shaped()
   _, confidence = network.simulate(images)

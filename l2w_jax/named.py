@@ -38,6 +38,11 @@ def config_file(name: str) -> tuple[pathlib.Path, str]:
   Raises:
     ValueError: neither a file nor a config of the package is called so.
   """
+  if "://" in name:
+    raise ValueError(
+      f"--config={name}: a config is read from this machine; copy it here first. "
+      "To go on with a run, --workdir=gs://BUCKET/RUN alone is enough"
+    )
   place, _, argument = name.partition(":")
   if pathlib.Path(place).is_file():
     return pathlib.Path(place), argument

@@ -17,7 +17,7 @@ os.environ.setdefault(
 # Programs are compiled more often than run: less optimised, they compile in half
 # the time and compute the same numbers.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Commands are not to start a second time for huge pages; one test lets them.
 os.environ.setdefault("GLIBC_TUNABLES", "")
 

@@ -209,6 +209,10 @@ MISTAKES = [
     "no config file 'digit'; give a FILE.py, the config.json of a run, or one of "
     "the names cifar100_msdnet, ",
   ),
+  (
+    ["--config=gs://bucket/run/config.json"],
+    "--config=gs://bucket/run/config.json: a config is read from this machine",
+  ),
   (["--config=configs/digits.py:lw2"], "config.method must be one of"),
   (["--config=configs/digits.py", "--workdir="], "--workdir is missing"),
   (
