@@ -12,6 +12,7 @@ documented in l2w_jax/config.py. `python -m l2w_jax` is the same command. Others
     l2w-jax compare --help    several methods from the same seeds, and their table
     l2w-jax prepare --help    downloads and prepares a set of TFDS
     l2w-jax convert --help    PyTorch checkpoints of the released code, in and out
+    l2w-jax benchmark --help  speed, operations, memory and compile time of a config
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def run(mode: str, workdir: files.Path, config, **own: str | None) -> None:
   from l2w_jax.exits import targets
   from l2w_jax.results import drawing
   from l2w_jax.run import compile_cache, lock, os_errors, parallel
+  from l2w_jax.training import identity
 
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir {workdir} is not a directory; name another")
@@ -137,9 +139,16 @@ def run(mode: str, workdir: files.Path, config, **own: str | None) -> None:
     drawing.check()
   compile_cache.enable()
   if mode not in ("all", "train") and not workdir.is_dir():
-    return _run(mode, workdir, config, own)  # which says so
+    if parallel.is_writer():
+      identity.read_config(workdir)  # which says so
+    return _run(mode, workdir, config, own)
   if mode == "predict":  # of what others may write meanwhile, it writes nothing
     out = files.path(own.get("out") or workdir / "predictions.csv")
+    if out.is_file() and not out.read_bytes().startswith(b"image,label,"):
+      raise ValueError(
+        f"--out={out} is there and no table of predictions, so it is not written "
+        "over; name another file"
+      )
     if out.is_dir() or (files.is_local(out) and not out.parent.is_dir()):
       what = (
         "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
@@ -260,7 +269,11 @@ def _print_latency(latency) -> None:
 
 def _main(arguments: list[str]) -> None:
   if arguments:
-    raise ValueError(f"unexpected argument {arguments[0]!r}; flags begin with --")
+    known = arguments[0] in FLAGS["mode"].parser.enum_values
+    raise ValueError(
+      f"unexpected argument {arguments[0]!r}; "
+      + (f"did you mean --mode={arguments[0]}?" if known else "flags begin with --")
+    )
   if FLAGS.version:
     print(f"l2w_jax {l2w_jax.__version__}")
     return

@@ -19,8 +19,10 @@ from typing import Any
 
 _HERE = pathlib.Path(__file__).parent
 # Inside of an installed package; beside it where that is a checkout.
-_INSTALLED = _HERE / "configs"
-CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _HERE.parent / "configs"
+CONFIGS, EXPERIMENTS = (
+  _HERE / name if (_HERE / name).is_dir() else _HERE.parent / name
+  for name in ("configs", "experiments")
+)
 
 
 class NotHere(ValueError):
@@ -44,6 +46,11 @@ def config_file(name: str) -> tuple[pathlib.Path, str]:
       "To go on with a run, --workdir=gs://BUCKET/RUN alone is enough"
     )
   place, _, argument = name.partition(":")
+  if place.endswith(".json") and argument:
+    raise ValueError(
+      f"--config={name}: a config.json takes no argument; change its keys by "
+      "--config.KEY=VALUE"
+    )
   if pathlib.Path(place).is_file():
     return pathlib.Path(place), argument
   if place in config_names():

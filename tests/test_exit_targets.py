@@ -181,7 +181,27 @@ def test_where_no_early_exit_passes_the_full_network_is_the_answer():
     choice.thresholds, np.float32([np.inf, np.inf, -np.inf])
   )
   assert choice.macs == MACS[-1] and choice.accuracy == 1
-  assert choice.note.startswith("nothing but the full network passes risk:0:0.05")
+  assert choice.note == (
+    "nothing but the full network passes risk:0:0.05: no number of calibration "
+    "images is enough"
+  )
+
+
+def test_thresholds_that_nobody_reaches_are_the_full_network():
+  # All of 400 samples leave at exit 3 but for thresholds of 0: three disagree.
+  confidence = np.tile(np.float32([1, 1, 3]), (400, 1))
+  correct = np.tile([False, False, True], (400, 1))
+  choice = exit_targets.choose(
+    exit_targets.parse("risk:0.05:0.1"),
+    confidence,
+    correct,
+    MACS,
+    measure="patience",
+  )
+  assert choice.note == (
+    "nothing but the full network passes risk:0.05:0.1 on 400 calibration images"
+  )
+  assert choice.macs == MACS[-1]
 
 
 def test_risk_says_how_many_images_it_needs():
@@ -189,7 +209,7 @@ def test_risk_says_how_many_images_it_needs():
   assert exit_targets.samples_for_risk(0.01, 0.05) == 299
   target = exit_targets.parse("risk:0.01:0.05")
   for num, note in (
-    (298, "at least 299 calibration images, and there are 298"),
+    (298, "it needs 299 calibration images at least, of 298"),
     (299, ""),
   ):
     confidence = np.full((num, 3), 0.5, np.float32)

@@ -209,6 +209,16 @@ MISTAKES = [
     "no config file 'digit'; give a FILE.py, the config.json of a run, or one of "
     "the names cifar100_msdnet, ",
   ),
+  (["predict"], "unexpected argument 'predict'; did you mean --mode=predict?"),
+  (
+    ["--mode=evaluate", "--workdir=/nowhere", "--config.evaluate.target=q:1"],
+    "--config.evaluate.target changes a config, and there is none: give --config",
+  ),
+  (
+    ["--mode=predict", "--workdir=/nowhere", "--images=x.npy"],
+    "workdir /nowhere does not exist; train one first",
+  ),
+  (["--config=run/config.json:uniform"], "a config.json takes no argument"),
   (
     ["--config=gs://bucket/run/config.json"],
     "--config=gs://bucket/run/config.json: a config is read from this machine",

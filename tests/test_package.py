@@ -278,6 +278,7 @@ def test_the_wheel_holds_what_is_needed(tmp_path):
   assert f"l2w_jax-{l2w.__version__}-" in wheel.name
   assert found >= {
     *(f"l2w_jax/configs/{name}.py" for name in NAMES),
+    "l2w_jax/experiments/benchmark.py",
     "l2w_jax/py.typed",
     "l2w_jax/__main__.py",
     "l2w_jax/data/digits.npz",
@@ -293,3 +294,11 @@ def test_the_wheel_holds_what_is_needed(tmp_path):
     timeout=120,
   )
   assert "config.method must be one of" in done.stderr
+  done = subprocess.run(
+    [sys.executable, "-m", "l2w_jax", "benchmark", "--help"],
+    cwd=tmp_path / "installed",
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.stdout.startswith("usage: ") and "--topology" in done.stdout

@@ -141,6 +141,17 @@ def test_another_target_and_no_config_file(finished, array, tmp_path):
   assert sum(int(row["exit"]) for row in late) > sum(int(r["exit"]) for r in early)
 
 
+def test_only_a_table_of_predictions_is_written_over(finished, array, tmp_path):
+  before = array.read_bytes()
+  with pytest.raises(ValueError, match="is there and no table of pred"):
+    main.run("predict", finished.workdir, None, images=str(array), out=str(array))
+  assert array.read_bytes() == before
+  table = tmp_path / "out.csv"
+  table.write_text("image,label,class\nof an earlier run\n")
+  main.run("predict", finished.workdir, None, images=str(array), out=str(table))
+  assert len(rows_of(table)) == 70
+
+
 def test_the_table_is_in_the_run_if_nothing_is_said(finished, array, monkeypatch):
   written = []
   monkeypatch.setattr(

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -225,6 +226,8 @@ class EarlyExit:
       self.calibration.search,
       self.measure,
     )
+    if choice.note:
+      logging.warning("%s", choice.note)
     return self.with_thresholds(choice.thresholds)
 
   def compilations(self) -> list[int]:

@@ -28,9 +28,10 @@ from l2w_jax.exits import policy as exit_policy
 
 QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
 FAMILY_QS = np.geomspace(1e-3, 1e3, 241)
-SHARED = 1 - np.geomspace(
-  1e-6, 1, 241
-)  # thresholds that `risk` tries, strict first
+# Thresholds that `risk` tries, strict first, down to those of 1,000 classes.
+SHARED = np.concatenate(
+  [1 - np.geomspace(1e-6, 0.5, 220), np.geomspace(0.5, 1e-4, 60)[1:], [0]]
+)
 FORMS = "q:Q, macs:M, accuracy:A or risk:R:DELTA"
 _NUMBERS = {"q": 1, "macs": 1, "accuracy": 1, "risk": 2}
 
@@ -71,7 +72,7 @@ def parse(text: str) -> Target:
   Raises:
     ValueError: not one of the four forms, or a number out of range.
   """
-  kind, *numbers = text.split(":")
+  kind, *numbers = str(text).split(":")
   try:
     values = tuple(map(float, numbers))
   except ValueError:
@@ -252,18 +253,18 @@ def _for_risk(confidence, correct, most, delta, measure) -> tuple[np.ndarray, st
   harmed = (correct[:, -1] & ~early).sum(1)
   passes = special.bdtr(harmed, num_samples, most) <= delta
   num_passing = len(passes) if passes.all() else int(passes.argmin())
-  if num_passing:
+  # Thresholds that no sample reaches harm nobody, and are the full network.
+  if num_passing and taken[num_passing - 1].min() < num_exits - 1:
     return family[num_passing - 1], ""
   needed = samples_for_risk(most, delta)
-  return _shared([np.inf], num_exits)[0], (
-    f"nothing but the full network passes risk:{most:g}:{delta:g}"
-    + (
-      f": it needs at least {needed} calibration images, and there are "
-      f"{num_samples}"
-      if needed > num_samples
-      else f" on {num_samples} calibration images"
-    )
-  )
+  if needed == math.inf:
+    why = ": no number of calibration images is enough"
+  elif needed > num_samples:
+    why = f": it needs {needed} calibration images at least, of {num_samples}"
+  else:
+    why = f" on {num_samples} calibration images"
+  note = f"nothing but the full network passes risk:{most:g}:{delta:g}{why}"
+  return _shared([np.inf], num_exits)[0], note
 
 
 def samples_for_risk(most: float, delta: float) -> float:

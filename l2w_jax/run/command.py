@@ -114,7 +114,9 @@ def _parse(argv: list[str]) -> list[str]:
       _fail(unknown)
     _fail(error, "no such key in this config: ")
   except flags.UnrecognizedFlagError as error:
-    _fail(_unknown_key(argv) or error)  # maybe a key of a config that is not given
+    if not error.flagname.removeprefix("no").startswith("config."):
+      _fail(error)
+    _fail(_unknown_key(argv) or _no_config(error))
   except (flags.Error, OSError, TypeError, ValueError) as error:
     _fail(error)
 
@@ -128,6 +130,8 @@ def _with_config(argv: list[str]) -> list[str]:
 
   read, given, words = [], {}, iter(argv)
   for word in words:
+    if word == "-h":
+      word = "--help"
     if re.fullmatch("--?(config|workdir)", word):
       word = f"{word}={next(words, '')}"
     found = re.match(
@@ -144,6 +148,13 @@ def _with_config(argv: list[str]) -> list[str]:
     if (files.path(workdir) / "config.json").exists():
       read.insert(1, f"--config={config_of_run.__file__}:{workdir}")
   return read
+
+
+def _no_config(error: flags.UnrecognizedFlagError) -> ValueError:
+  return ValueError(
+    f"--{error.flagname} changes a config, and there is none: give --config=NAME, "
+    "or the --workdir of a run"
+  )
 
 
 def _unknown_key(argv: list[str]) -> ValueError | None:
@@ -180,4 +191,5 @@ def _one_line(error: Exception) -> str:
   if isinstance(error, OSError) or "Traceback" in message:
     # Config files that cannot be read or run: the cause comes last.
     message = message.strip().splitlines()[-1]
+    message = re.sub(r"^l2w_jax\.[\w.]+: ", "", message)  # an error of our own
   return " ".join(message.split())
