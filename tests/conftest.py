@@ -4,7 +4,6 @@ import os
 import pathlib
 import subprocess
 import sys
-from importlib import metadata
 from typing import NamedTuple
 
 import pytest
@@ -15,12 +14,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax")
 )
-# Programs are compiled more often than run: less optimised, they compile in a third
-# of the time and compute the same numbers. XLA of JAX 0.11 on has no second flag.
-FLAGS = "--xla_backend_optimization_level=0"
-if [int(x) for x in metadata.version("jaxlib").split(".")[:2]] < [0, 11]:
-  FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+# Programs are compiled more often than run: less optimised, they compile in half
+# the time and compute the same numbers.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Commands are not to start a second time for huge pages; one test lets them.
 os.environ.setdefault("GLIBC_TUNABLES", "")
