@@ -548,7 +548,7 @@ def main():
     _, results[f"linear {method}"] = compare(
       make_config(method=method), Linear(), [4]
     )
-  for center_over, n in (("exits", 2), ("batch", 4), ("all", 4)):
+  for center_over, n in (("batch", 4), ("all", 2)):
     config = make_config(center_over)
     msdnet = make_msdnet()
     one = run_steps(config, msdnet, start(config, msdnet), 1)
@@ -610,7 +610,6 @@ def results():
     "linear all jvp",
     "linear unroll",
     "linear first order",
-    "msdnet exits",
     "msdnet batch",
     "msdnet all",
   ],
