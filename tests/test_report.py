@@ -222,7 +222,14 @@ def test_the_page_names_the_split_that_thresholds_come_from(page, tmp_path):
   results = make_results(2)
   results["samples"]["calibration"] = 0
   directory.write_results(workdir, results)
-  assert "on the train split" in words(write_report(workdir))
+  lines = [x for x in make_metrics(2) if x["kind"] != "evaluate"]
+  (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  html = words(write_report(workdir))
+  assert "on the train split" in html and html.count(">on train</th>") == 2
+  for text in ("on calibration", "calibration images", "n the calibration split"):
+    assert text not in html
+  assert "1,077 training and 360 test images" in html
+  assert "Losses of the training batches." in html
 
 
 def words(page: pathlib.Path) -> str:

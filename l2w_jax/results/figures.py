@@ -366,10 +366,12 @@ def draw_samples(samples: dict[str, np.ndarray], num_exits: int):
 def draw_training(metrics: dict[str, list[dict]], num_exits: int):
   """Losses, and calibration accuracy per exit, over the epochs.
 
-  Many steps are drawn as means over runs of consecutive ones.
+  Many steps are drawn as means over runs of consecutive ones. Where no image was
+  held out there is no accuracy, and no panel of it.
   """
-  figure = drawing.new_figure(4.4)
-  losses, accuracy = figure.subplots(2, 1, sharex=True)
+  rows = 2 if metrics["evaluate"] else 1
+  figure = drawing.new_figure(2.2 * rows)
+  losses, *others = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
   drawn = []
   for name, color in (("train_loss", INK), ("meta_loss", ACCENT)):
     points = [
@@ -390,13 +392,15 @@ def draw_training(metrics: dict[str, list[dict]], num_exits: int):
       drawn += list(means[:, 1])
   losses.set(title="Losses", ylabel="sum over exits (nats)")
   drawing.log_if_wide(losses.yaxis, drawn)
+  (others or [losses])[-1].set_xlabel("epoch")
+  if not others:
+    return figure
+  accuracy = others[0]
   epoch = [line["epoch"] for line in metrics["evaluate"]]
   for k, color in enumerate(drawing.exit_colors(num_exits)):
     percent = [100 * line["accuracy"][k] for line in metrics["evaluate"]]
     accuracy.plot(epoch, percent, ".-", color=color)
-  accuracy.set(
-    title="On the calibration split", xlabel="epoch", ylabel="accuracy (%)"
-  )
+  accuracy.set(title="On the calibration split", ylabel="accuracy (%)")
   drawing.exit_legend(accuracy, num_exits)
   return figure
 

@@ -158,6 +158,7 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
     and f"{latency['device']['kind']} ({latency['device']['platform']})",
     "samples_q": f"{float(samples['q']):g}",
     "estimators": lines and estimators(lines),
+    "evaluates": bool(metrics["evaluate"]),
     "training_gist": f"{results['step']:,} steps",
     "weights_line": _weights_line(results) if "weights" in results else "",
     "weights_table": _weights_table(results) if "weights" in results else None,
@@ -230,8 +231,9 @@ def _calibration_words(count: dict) -> str:
 
 def _data_line(results: dict) -> str:
   count, device = results["samples"], results["device"]
+  held_out = f", {count['calibration']:,} calibration" if count["calibration"] else ""
   return (
-    f"{count['train']:,} training, {count['calibration']:,} calibration and "
+    f"{count['train']:,} training{held_out} and "
     f"{count['test']:,} test images; one test image is "
     f"{100 / max(count['test'], 1):.2g} points. {results['params']:,} parameters. "
     f"{results['step']:,} steps on {device['count']} × {device['kind']} "
@@ -267,12 +269,14 @@ def _cost(results: dict, macs: float | None) -> dict[str, str]:
   }
 
 
-def _accuracy(entry: dict) -> dict[str, str]:
+def _accuracy(results: dict, entry: dict) -> dict[str, str]:
   """Cells of the accuracies that a point has."""
   found = {"test accuracy": percent(entry["accuracy"])}
   if "top5_accuracy" in entry:
     found["top-5"] = percent(entry["top5_accuracy"])
-  return found | {"on calibration": percent(entry["calibration_accuracy"])}
+  return found | {
+    f"on {_chosen_on(results)}": percent(entry["calibration_accuracy"])
+  }
 
 
 def _anytime_table(results: dict):
@@ -281,7 +285,7 @@ def _anytime_table(results: dict):
       {"exit": entry["exit"]}
       | _cost(results, entry["macs"])
       | {"parameters to here": f"{params:,}"}
-      | _accuracy(entry)
+      | _accuracy(results, entry)
       for entry, params in zip(
         results["anytime"], results["params_to_exit"], strict=True
       )
@@ -296,7 +300,7 @@ def _budgeted_table(results: dict):
     [
       {drawing.point_of(entry)[0]: f"{drawing.point_of(entry)[1]:g}"}
       | _cost(results, entry["macs"])
-      | _accuracy(entry)
+      | _accuracy(results, entry)
       | {
         "leaving at each exit (%)": _join(
           f"{100 * share:.0f}" for share in entry["exits"]
