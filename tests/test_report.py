@@ -339,6 +339,21 @@ def test_where_images_leave_is_what_the_results_say():
   np.testing.assert_allclose(stars[0].get_xdata(), [x])
 
 
+def test_a_page_of_patience_speaks_of_no_q(tmp_path, page):
+  assert "At q = 0.75. A wrong answer" in words(page)
+  workdir = make_workdir(tmp_path, 3)
+  results = make_results(3)
+  for level, entry in enumerate(results["budgeted"][:2], 2):
+    entry["patience"] = level
+    del entry["q"]
+  results["budgeted"] = results["budgeted"][:2]
+  results["chosen"]["target"] = "accuracy:0.9"
+  directory.write_results(workdir, results)
+  html = words(write_report(workdir))
+  assert "q =" not in html and "<dt>patience</dt>" in html
+  assert "At the patience whose mean cost on the calibration split" in html
+
+
 def test_uniform_run_has_no_weights_and_says_why(tmp_path):
   html = words(write_report(make_workdir(tmp_path, 3, "uniform")))
   assert drawn_in(html) == PICTURES
@@ -360,7 +375,9 @@ def test_an_unfinished_and_diverged_run_is_shown_as_such(tmp_path):
 def test_an_exit_that_no_sample_leaves_at_is_said_to_be_empty():
   samples = make_samples(3)
   samples["exits"][:] = 2
-  first, last = draw_samples(samples, 3).subfigs
+  figure = draw_samples(samples, 3)
+  first, last = figure.subfigs
+  assert figure.get_figheight() < draw_samples(make_samples(3), 3).get_figheight()
   assert first.get_suptitle() == "Left at exit 1: none of these images"
   assert not any(axes.images for axes in first.axes)
   assert last.get_suptitle() == "Left at exit 3"

@@ -44,7 +44,12 @@ CAPTIONS = {
   "in training; 1 is plain training.",
   "leaving": f"Test images in {NUM_GROUPS} groups of one size, from those that the "
   "exits of the reference are surely right about to those they are surely wrong "
-  f"about, and where they leave at q = {AT_Q}; q sets how late images leave.",
+  "about, and where they leave at ",
+}
+# "q" or "patience" of a point, see `drawing.point_of`.
+MEANINGS = {
+  "q": "q sets how late images leave",
+  "patience": "patience is how many exits in a row must agree before an image leaves",
 }
 
 
@@ -55,8 +60,9 @@ class Run(NamedTuple):
   curve: [P 2] mean cost and accuracy, with early exits.
   macs: [K].
   weights: lines of kind "weights" of metrics.jsonl, by epoch.
-  correct: [N K] bool; confidence: [N K]; exits: [N] exit taken at `AT_Q`.
+  correct: [N K] bool; confidence: [N K]; exits: [N] exit taken at `point`.
   seconds: of training, without compiling.
+  point: the one nearest to `AT_Q`, as `drawing.point_of` has it.
   """
 
   accuracy: np.ndarray
@@ -67,6 +73,7 @@ class Run(NamedTuple):
   confidence: np.ndarray
   exits: np.ndarray
   seconds: float
+  point: tuple[str, float]
 
 
 def read_run(workdir: files.Path) -> Run:
@@ -100,6 +107,7 @@ def read_run(workdir: files.Path) -> Run:
     confidence=scores["test_confidence"],
     exits=np.argmax(scores["test_confidence"] >= thresholds, axis=1),
     seconds=results["seconds"]["train"],
+    point=drawing.point_of(at_q),
   )
 
 
@@ -210,6 +218,7 @@ def summarize(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     "confidence": intervals.CONFIDENCE,
     "macs": everything[0].macs.tolist(),
     "costs": costs.tolist(),
+    "leaving_at": [list(x) for x in sorted({run.point for run in everything})],
     "methods": {
       name: {
         "anytime": intervals.spread(anytime[name]),
@@ -335,9 +344,16 @@ def render(summary: dict[str, Any], drawn: Mapping[str, Any]) -> str:
     drawn,
     title=" against ".join(filter(None, [", ".join(names[:-1]), names[-1]])),
     explanation=_explain(summary),
-    captions=CAPTIONS,
+    captions=CAPTIONS | {"leaving": _leaving_caption(summary)},
     tables={heading: rows(summary, kind) for kind, heading in TITLES.items()},
   )
+
+
+def _leaving_caption(summary: dict[str, Any]) -> str:
+  points = summary["leaving_at"]
+  at = " or ".join(f"{name} = {value:g}" for name, value in points)
+  meanings = [MEANINGS[name] for name in dict(points)]
+  return f"{CAPTIONS['leaving']}{at}; {', '.join(meanings)}."
 
 
 def draw(

@@ -330,17 +330,25 @@ def way(row: dict) -> str:
 def draw_samples(samples: dict[str, np.ndarray], num_exits: int):
   """The first test images that leave at the first and at the last exit."""
   ends = sorted({0, num_exits - 1})
-  figure = drawing.new_figure(2.75 * len(ends))
-  groups = figure.subfigures(len(ends), 1, squeeze=False).ravel()
+  # A row without images takes no place, but the title of its exit does.
+  shown = [(samples["exits"] == k).sum() for k in ends]
+  rows = [min(-(-n // SAMPLE_COLUMNS), SAMPLE_ROWS) for n in shown]
+  heights = [0.35 + 1.2 * n for n in rows]
+  figure = drawing.new_figure(sum(heights))
+  groups = figure.subfigures(
+    len(ends), 1, squeeze=False, height_ratios=heights
+  ).ravel()
   names = [drawing.clean(name, 12) for name in samples["class_names"]]
   brightest = max(int(samples["images"].max(initial=0)), 1)
-  for k, group in zip(ends, groups, strict=True):
+  for k, group, num_rows in zip(ends, groups, rows, strict=True):
     here = np.flatnonzero(samples["exits"] == k)
     group.suptitle(
       f"Left at exit {k + 1}" + ("" if len(here) else ": none of these images"),
       fontsize=9.5,
     )
-    panels = group.subplots(SAMPLE_ROWS, SAMPLE_COLUMNS).ravel()
+    if not num_rows:
+      continue
+    panels = group.subplots(num_rows, SAMPLE_COLUMNS, squeeze=False).ravel()
     for axes in panels:
       axes.axis("off")
     for i, axes in zip(here, panels, strict=False):

@@ -156,7 +156,7 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
     "latency": latency and _latency_table(latency, results["macs"][-1]),
     "latency_gist": latency
     and f"{latency['device']['kind']} ({latency['device']['platform']})",
-    "samples_q": f"{float(samples['q']):g}",
+    "samples_at": _samples_at(results, float(samples["q"])),
     "estimators": lines and estimators(lines),
     "evaluates": bool(metrics["evaluate"]),
     "training_gist": f"{results['step']:,} steps",
@@ -214,6 +214,17 @@ def sentence(results: dict) -> str:
 def _chosen_on(results: dict) -> str:
   """Split the thresholds come from: train, as released, if none was held out."""
   return "calibration" if results["samples"]["calibration"] else "train"
+
+
+def _samples_at(results: dict, q: float) -> str:
+  """The budget of the pictures in words that the page defines."""
+  if drawing.point_of(results["budgeted"][0])[0] == "q":
+    return f"At q = {q:g}"
+  return (
+    f"At the patience whose mean cost on the {_chosen_on(results)} split is nearest "
+    f"to that of leaving in proportion to {q:g}, {q:g}², {q:g}³ and so on at exits "
+    "1, 2, 3 and so on"
+  )
 
 
 def _calibration_words(count: dict) -> str:
