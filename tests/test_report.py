@@ -12,10 +12,16 @@ import html5lib
 import numpy as np
 import pytest
 
+from l2w_jax.exits import targets
 from l2w_jax.results import drawing, intervals
 from l2w_jax.results import page as page_lib
-from l2w_jax.results.figures import draw_curves, draw_samples
-from l2w_jax.results.report import write_report
+from l2w_jax.results.figures import (
+  draw_curves,
+  draw_samples,
+  target_values,
+  target_words,
+)
+from l2w_jax.results.report import sentence, write_report
 from l2w_jax.run import directory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -318,6 +324,53 @@ def test_page_shows_the_numbers_of_the_run(page):
     assert html.count(f"<dt>{term}</dt>") == 1
 
 
+@pytest.mark.parametrize(
+  ("target", "promise", "short"),
+  [
+    ("q:0.75", "At q = 0.75", "q = 0.75"),
+    # The full network takes 1.56 million.
+    ("macs:1e5", "At most 0.1 million MACs", "≤ 0.1 million MACs"),
+    (
+      "accuracy:0.93",
+      "Accuracy at least 93 % on calibration images",
+      "accuracy ≥ 93 %",
+    ),
+    (
+      "risk:0.2:0.1",
+      "At most 20 points below the full network with probability 90 %",
+      "≤ 20 points lost, 90 % sure",
+    ),
+    ("macs:many", "At macs:many", "macs:many"),
+  ],
+)
+def test_a_target_in_words(target, promise, short):
+  results = make_results(3)
+  results["chosen"]["target"] = target
+  assert sentence(results).startswith(f"{promise}: 2")
+  assert target_words(target, results["macs"]) == short
+  labels = [
+    text.get_text() for text in draw_curves(results).axes[0].legend_.get_texts()
+  ]
+  assert f"deployed: {short}" in labels
+
+
+def test_every_form_of_a_target_has_words():
+  for form in targets.FORMS.replace(" or ", ", ").split(", "):
+    target = re.sub("Q|M|A|R|DELTA", "0.5", form)
+    kind, values = target_values(target)
+    assert (kind, values) == (targets.parse(target).kind, [0.5] * len(values))
+
+
+def test_top5_is_explained_where_it_is_shown(page, tmp_path):
+  assert page.read_text().count("<dt>MACs</dt>") == 1
+  assert "top-5" not in page.read_text()
+  workdir = make_workdir(tmp_path, 2)
+  results = make_results(2)
+  results["chosen"]["top5_accuracy"] = 0.99
+  directory.write_results(workdir, results)
+  assert "<dt>top-5</dt>" in write_report(workdir).read_text()
+
+
 def test_the_interval_of_an_accuracy_is_that_of_a_table():
   # Wilson's interval of 80 of 100: 71.1 to 86.7 % (Wallis, 2013).
   low, high = intervals.of_accuracy(np.array([0.8, 1.0, 0.0]), 100)
@@ -350,6 +403,7 @@ def test_a_page_of_patience_speaks_of_no_q(tmp_path, page):
   results["chosen"]["target"] = "accuracy:0.9"
   directory.write_results(workdir, results)
   html = words(write_report(workdir))
+  assert "Accuracy at least 90 % on calibration images: " in html
   assert "q =" not in html and "<dt>patience</dt>" in html
   assert "At the patience whose mean cost on the calibration split" in html
 
@@ -552,7 +606,7 @@ def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path, caplog)
   )
   html = words(write_report(workdir))
   assert_valid(html)
-  assert "<span>macs 9e5</span>" in html and "&lt;cat&gt;" in html
+  assert "<span>≤ 0.9 million MACs</span>" in html and "&lt;cat&gt;" in html
   assert "<td>2</td><td>50.0 %</td><td>94.24 %</td>" in html
   assert "A calibration error is not shown: on 360 test images" in html
   # Of 3e5 · 3^1.5 MACs.

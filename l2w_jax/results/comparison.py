@@ -37,7 +37,7 @@ TITLES = {
 }
 CAPTIONS = {
   "curves": "Lines: images leave early, at the first exit that is confident "
-  "enough. Dots: every image leaves at the same exit.",
+  "enough. Dots: every image leaves at the same exit. MACs: multiply-accumulates.",
   "gain": "Differences at equal mean cost, seed by seed, so that what a seed does "
   "to both does not count.",
   "weights": "Mean weight of the training samples by their loss at the exit, late "
@@ -49,7 +49,7 @@ CAPTIONS = {
 # "q" or "patience" of a point, see `drawing.point_of`.
 MEANINGS = {
   "q": "q sets how late images leave",
-  "patience": "patience is how many exits in a row must agree before an image leaves",
+  "patience": "patience is how many exits must agree before an image leaves",
 }
 
 

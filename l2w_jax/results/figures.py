@@ -73,7 +73,7 @@ def draw_curves(results: dict):
     markersize=14,
     color=STAR,
     markeredgecolor="white",
-    label=f"deployed: {target_words(chosen['target'])}",
+    label=f"deployed: {target_words(chosen['target'], results['macs'])}",
     zorder=5,
   )
   # At least ten test images from bottom to top, or noise looks like signal; what
@@ -143,12 +143,42 @@ def _draw_shares(axes, cost: np.ndarray, shares: np.ndarray) -> None:
   axes.set_ylim(0, 100)
 
 
-def target_words(target: str) -> str:
-  """As a reader sees a target: `q:0.75` is "q = 0.75"."""
-  kind, _, value = target.partition(":")
+def target_words(target: str, macs: Sequence[float] | np.ndarray) -> str:
+  """As a reader sees a target, in short: `q:0.75` is "q = 0.75".
+
+  Args:
+    target: one of the forms of `exits.targets`; what is none stays as it is.
+    macs: costs of the run, whose unit a cost is said in.
+  """
+  kind, values = target_values(target)
   if kind == "q":
-    return f"q = {value}"
-  return f"{kind} {value}" if value else target
+    return f"q = {target.partition(':')[2]}"
+  if kind == "macs":
+    return f"≤ {cost_words(values[0], macs)}"
+  if kind == "accuracy":
+    return f"accuracy ≥ {100 * values[0]:.6g} %"
+  if kind == "risk":
+    return (
+      f"≤ {100 * values[0]:.6g} points lost, {100 * (1 - values[1]):.6g} % sure"
+    )
+  return target
+
+
+def target_values(target: str) -> tuple[str, list[float]]:
+  """(kind, its numbers) of a target, ("", []) of what is none."""
+  kind, *numbers = target.split(":")
+  try:
+    values = [float(number) for number in numbers]
+  except ValueError:
+    return "", []
+  known = {"q": 1, "macs": 1, "accuracy": 1, "risk": 2}.get(kind) == len(values)
+  return (kind, values) if known else ("", [])
+
+
+def cost_words(cost: float, macs: Sequence[float] | np.ndarray) -> str:
+  """A cost in the unit that suits the costs `macs` of a run."""
+  scale, unit = drawing.cost_scale(macs)
+  return f"{cost / scale:,.6g} {unit}"
 
 
 @styled
@@ -266,6 +296,7 @@ def draw_classes(results: dict):
 def draw_latency(latency: dict):
   """Times as fast as the full network, with intervals, beside what MACs promise."""
   batches = sorted({row["batch"] for row in latency["rows"]})
+  costs = [row["macs"] for row in latency["rows"]]
   groups = [
     [r for r in latency["rows"] if r["batch"] == batch and r["kind"] != "full"]
     for batch in batches
@@ -288,7 +319,7 @@ def draw_latency(latency: dict):
       macs, y, "o", markerfacecolor="none", color=GREY, label="as MACs promise"
     )
     axes.set_yticks(
-      y, [f"{point_words(row)} · {way(row)}" for row in rows], size=7.5
+      y, [f"{point_words(row, costs)} · {way(row)}" for row in rows], size=7.5
     )
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_title(f"batch {batch:,}")
@@ -310,9 +341,9 @@ def draw_latency(latency: dict):
   return figure
 
 
-def point_words(row: dict) -> str:
-  """The operating point of a row of latency.json, in short."""
-  return target_words(row["point"].removeprefix("target "))
+def point_words(row: dict, macs: Sequence[float] | np.ndarray) -> str:
+  """The operating point of a row of latency.json, in short, see `target_words`."""
+  return target_words(row["point"].removeprefix("target "), macs)
 
 
 def way(row: dict) -> str:

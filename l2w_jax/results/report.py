@@ -129,7 +129,8 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
     "point_name": drawing.point_of(results["budgeted"][0])[0],
     "calibration_words": _calibration_words(results["samples"]),
     "data_line": _data_line(results),
-    "target": figures.target_words(chosen["target"]),
+    "target": figures.target_words(chosen["target"], results["macs"]),
+    "has_top5": "top5_accuracy" in chosen,
     "anytime": _anytime_table(results),
     "budgeted": _budgeted_table(results),
     "csv": "",
@@ -153,7 +154,7 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
     ),
     "temperatures": _temperatures(results),
     "error_line": _error_line(results),
-    "latency": latency and _latency_table(latency, results["macs"][-1]),
+    "latency": latency and _latency_table(latency, results["macs"]),
     "latency_gist": latency
     and f"{latency['device']['kind']} ({latency['device']['platform']})",
     "samples_at": _samples_at(results, float(samples["q"])),
@@ -204,11 +205,29 @@ def sentence(results: dict) -> str:
   chosen, last = results["chosen"], results["anytime"][-1]
   low, high = intervals.of_accuracy(chosen["accuracy"], results["samples"]["test"])
   return (
-    f"At {figures.target_words(chosen['target'])}: "
+    f"{_promise(results)}: "
     f"{100 * chosen['macs'] / last['macs']:.0f} % of the cost, accuracy "
     f"{percent(chosen['accuracy'], 1)} [{100 * low:.1f}, {100 * high:.1f}]; full "
     f"network {percent(last['accuracy'], 1)}."
   )
+
+
+def _promise(results: dict) -> str:
+  """The target of the deployed point, as a sentence begins."""
+  target, costs = results["chosen"]["target"], results["macs"]
+  kind, values = figures.target_values(target)
+  if kind == "macs":
+    return f"At most {figures.cost_words(values[0], costs)}"
+  if kind == "accuracy":
+    return (
+      f"Accuracy at least {100 * values[0]:.6g} % on {_chosen_on(results)} images"
+    )
+  if kind == "risk":
+    return (
+      f"At most {100 * values[0]:.6g} points below the full network with "
+      f"probability {100 * (1 - values[1]):.6g} %"
+    )
+  return f"At {figures.target_words(target, costs)}"
 
 
 def _chosen_on(results: dict) -> str:
@@ -221,9 +240,9 @@ def _samples_at(results: dict, q: float) -> str:
   if drawing.point_of(results["budgeted"][0])[0] == "q":
     return f"At q = {q:g}"
   return (
-    f"At the patience whose mean cost on the {_chosen_on(results)} split is nearest "
-    f"to that of leaving in proportion to {q:g}, {q:g}², {q:g}³ and so on at exits "
-    "1, 2, 3 and so on"
+    f"At the patience whose mean cost on the {_chosen_on(results)} split is "
+    f"nearest to that of leaving in proportion to {q:g}, {q:g}², {q:g}³, … at "
+    "exits 1, 2, 3, …"
   )
 
 
@@ -242,7 +261,9 @@ def _calibration_words(count: dict) -> str:
 
 def _data_line(results: dict) -> str:
   count, device = results["samples"], results["device"]
-  held_out = f", {count['calibration']:,} calibration" if count["calibration"] else ""
+  held_out = (
+    f", {count['calibration']:,} calibration" if count["calibration"] else ""
+  )
   return (
     f"{count['train']:,} training{held_out} and "
     f"{count['test']:,} test images; one test image is "
@@ -409,14 +430,14 @@ def _error_line(results: dict) -> str:
   )
 
 
-def _latency_table(latency: dict, full: float):
+def _latency_table(latency: dict, costs: Sequence[float]):
   return _table(
     [
       {
-        "point": figures.point_words(row),
+        "point": figures.point_words(row, costs),
         "batch": f"{row['batch']:,}",
         "run": figures.way(row),
-        "cost": percent(row["macs"] / full, 1),
+        "cost": percent(row["macs"] / costs[-1], 1),
         "median of a call (ms)": _with_interval(row, "ms", ".3f"),
         "images/s": f"{row['images_per_second']:,.0f}",
         "times as fast": _with_interval(row, "speedup", ".2f"),
