@@ -124,6 +124,20 @@ def test_pictures_and_page(compared):
   assert not [path for path in workdir.rglob(".*") if path.is_file()]
 
 
+def test_exits_that_are_single_are_compared_at_their_cost(tmp_path):
+  runs = {
+    name: [write_run(tmp_path / name[:3], 0, gain, num_exits=1)]
+    for name, gain in zip(METHODS, (0, 0.01), strict=True)
+  }
+  summary = comparison.write(tmp_path, runs)
+  assert summary["costs"] == [3e5]
+  head, table = comparison.rows(summary, "budgeted")
+  assert head == ["", "mean 300 thousand MACs"] and table[-1][1] == "+1.00"
+  found = {name: [comparison.read_run(x) for x in at] for name, at in runs.items()}
+  drawn = comparison.draw(found, summary)
+  assert "_" in [line.get_marker() for line in drawn["curves"].axes[0].lines]
+
+
 def test_a_comparison_of_patience_speaks_of_no_q(tmp_path):
   runs = {name: [write_run(tmp_path / name[:3], 0, 0)] for name in METHODS}
   for (path,) in runs.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import re
@@ -390,6 +391,65 @@ def test_where_images_leave_is_what_the_results_say():
   ).all(1).any()
   stars = [line for line in above.lines if line.get_marker() == "*"]
   np.testing.assert_allclose(stars[0].get_xdata(), [x])
+
+
+def labels_of_shares(results: dict) -> dict[str, tuple]:
+  """{text: its box} below, boxes in fractions of the panel."""
+  figure = draw_curves(results)
+  figure.savefig(io.BytesIO(), format="png")  # lays it out
+  below = figure.axes[1]
+  inverse = below.transAxes.inverted()
+  return {
+    text.get_text(): tuple(
+      inverse.transform_bbox(text.get_window_extent()).extents.tolist()
+    )
+    for text in below.texts
+  }
+
+
+@pytest.mark.parametrize(
+  ("num_exits", "every"), [(1, 1), (2, 38), (3, 38), (11, 1)]
+)
+def test_names_of_areas_are_not_cut(num_exits, every):
+  results = make_results(num_exits)
+  results["budgeted"] = results["budgeted"][::every]
+  found = labels_of_shares(results)
+  assert found
+  for left, low, right, high in found.values():
+    assert 0 <= left < right <= 1 and -0.01 <= low < high <= 1.01
+
+
+def test_names_of_areas_are_off_the_line_of_the_deployed_point():
+  results = make_results(2)
+  full = results["macs"][-1]
+  results["chosen"] |= results["budgeted"][19]
+  figure = draw_curves(results)
+  low, high = figure.axes[1].get_xlim()
+  line = (100 * results["chosen"]["macs"] / full - low) / (high - low)
+  found = labels_of_shares(results)
+  assert set(found) == {"exit 1", "exit 2"}
+  assert not any(left < line < right for left, _, right, _ in found.values())
+
+
+def test_names_of_areas_that_are_narrow_lie_beside_them():
+  results = make_results(3)
+  full = results["macs"][-1]
+  for entry in results["budgeted"]:  # of 20 to 25 % of the cost
+    entry["macs"] = full * (0.2 + 0.025 * entry["q"])
+    entry["exits"] = [0.6, 0.35, 0.05]
+  found = labels_of_shares(results)
+  assert set(found) == {"exit 1", "exit 2"}  # 5 % are not as high as a name
+  low, high = draw_curves(results).axes[1].get_xlim()
+  end = (25 - low) / (high - low)
+  assert all(end - 0.01 < left < end + 0.03 for left, *_ in found.values())
+
+
+def test_a_single_exit_is_a_line_as_its_legend_says():
+  above, below = draw_curves(make_results(1)).axes
+  (line,) = [x for x in above.lines if x.get_label() == "early exits"]
+  assert np.ptp(line.get_xdata()) > 0 and np.ptp(line.get_ydata()) == 0
+  area = below.collections[0].get_paths()[0].vertices
+  assert np.ptp(area[:, 0]) > 0 and area[:, 1].max() == 100
 
 
 def test_a_page_of_patience_speaks_of_no_q(tmp_path, page):

@@ -122,7 +122,9 @@ def accuracy_at(curve: np.ndarray, macs: np.ndarray) -> np.ndarray:
 
 
 def common_costs(runs: Sequence[Run], num: int) -> np.ndarray:
-  """Evenly spaced mean costs that the curves of all runs reach.
+  """Up to `num` evenly spaced mean costs that the curves of all runs reach.
+
+  One, if they have but one in common, as those of a single exit.
 
   Raises:
     ValueError: there is no such range.
@@ -134,13 +136,13 @@ def common_costs(runs: Sequence[Run], num: int) -> np.ndarray:
       f"no mean cost is on the curves of all runs: one begins at {low:.4g} "
       f"MACs and one ends at {high:.4g}"
     )
-  return np.linspace(low, high, num)
+  return np.linspace(low, high, 1 if np.isclose(low, high) else num)
 
 
 def at_equal_cost(
   runs: Mapping[str, Sequence[Run]], num: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """(mean costs [num], {method: accuracies [S num]}), see `common_costs`."""
+  """(mean costs [P], {method: accuracies [S P]}), see `common_costs`."""
   costs = common_costs([run for found in runs.values() for run in found], num)
   return costs, {
     name: np.array([accuracy_at(run.curve, costs) for run in found])
