@@ -144,7 +144,9 @@ def test_a_comparison_of_patience_speaks_of_no_q(tmp_path):
     with_patience(path)
   comparison.write(tmp_path, runs)
   html = " ".join((tmp_path / "comparison/index.html").read_text().split())
-  assert "where they leave at patience = 2; patience is how many exits must" in html
+  assert (
+    "where they leave at patience = 2; patience is how many exits in a row" in html
+  )
   assert "q sets" not in html and "q =" not in html
 
 

@@ -13,8 +13,8 @@ import html5lib
 import numpy as np
 import pytest
 
-from l2w_jax.exits import targets
-from l2w_jax.results import drawing, intervals
+from l2w_jax.exits import targets, temperature
+from l2w_jax.results import drawing, intervals, report
 from l2w_jax.results import page as page_lib
 from l2w_jax.results.figures import (
   draw_curves,
@@ -360,6 +360,36 @@ def test_every_form_of_a_target_has_words():
     target = re.sub("Q|M|A|R|DELTA", "0.5", form)
     kind, values = target_values(target)
     assert (kind, values) == (targets.parse(target).kind, [0.5] * len(values))
+
+
+@pytest.mark.parametrize(
+  ("logits", "says"),
+  [
+    ([[1.0, -1.0]], "≤ 0.01"),  # right, so the surer the likelier
+    ([[-1.0, 1.0]], "≥ 100"),
+    # Right three times of four where p = 3/4 is a logit of ln 3.
+    ([[2, 0]] * 3 + [[0, 2]], f"{2 / np.log(3):.2f}"),
+  ],
+)
+def test_a_temperature_at_an_end_of_its_search_is_marked(logits, says):
+  assert report.SEARCHED == (temperature.LOWEST, temperature.HIGHEST)
+  logits = np.array(logits, np.float32)[:, None]
+  (value,) = temperature.fit(logits, np.zeros(len(logits), int))
+  results = make_results(1)
+  results["temperatures"][0]["temperature"] = float(value)
+  _, ((_, cell),) = report._temperatures(results)
+  assert cell == says
+
+
+def test_a_page_of_other_results_is_known(tmp_path):
+  workdir = make_workdir(tmp_path, 2)
+  assert not directory.is_reported(workdir, directory.read_results(workdir))
+  write_report(workdir)
+  assert directory.is_reported(workdir, directory.read_results(workdir))
+  other = make_results(2)
+  other["chosen"]["accuracy"] = 0.5
+  directory.write_results(workdir, other)
+  assert not directory.is_reported(workdir, directory.read_results(workdir))
 
 
 def test_top5_is_explained_where_it_is_shown(page, tmp_path):

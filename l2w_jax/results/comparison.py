@@ -49,7 +49,7 @@ CAPTIONS = {
 # "q" or "patience" of a point, see `drawing.point_of`.
 MEANINGS = {
   "q": "q sets how late images leave",
-  "patience": "patience is how many exits must agree before an image leaves",
+  "patience": "patience is how many exits in a row must agree",
 }
 
 

@@ -40,6 +40,7 @@ CONFIDENCES = {
   "margin": "margin (largest less second softmax probability)",
   "entropy": "confidence (that of a low entropy)",
 }
+SEARCHED = 0.01, 100.0  # of temperatures, as in `exits.temperature`
 MAX_CONFUSED = 8
 MAX_CLASSES = 50  # in the table, the most expensive of more
 
@@ -86,12 +87,12 @@ def write_report(
     encoded = base64.b64encode(csv.read_bytes()).decode()
     context["csv"] = f"data:text/csv;base64,{encoded}"
   html = page.render("report.html", drawn, **context)
-  folder = workdir / "report"
-  files.make_folder(folder)
-  files.write(folder / "index.html", html)
+  path = workdir / directory.REPORT
+  files.make_folder(path.parent)
+  files.write(path, html)
   if figure_format:
-    drawing.save(folder / "figures", drawn, figure_format)
-  return folder / "index.html"
+    drawing.save(path.parent / "figures", drawn, figure_format)
+  return path
 
 
 def _latency_of(workdir: files.Path, results: dict) -> dict | None:
@@ -122,6 +123,7 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
   }
   seen = len([entry for entry in chosen["classes"] if sum(entry["left"])])
   return {
+    "digest": results["digest"],
     "title": f"{results['dataset']}, {results['method']}",
     "sentence": sentence(results),
     "warnings": warnings,
@@ -398,10 +400,18 @@ def _by_class(results: dict):
   )
 
 
+def _temperature(value: float) -> str:
+  """A temperature; one at an end of its search may be beyond it."""
+  lowest, highest = SEARCHED
+  if value <= 1.001 * lowest:
+    return f"≤ {lowest:g}"
+  return f"≥ {highest:g}" if value >= 0.999 * highest else f"{value:.2f}"
+
+
 def _temperatures(results: dict):
   found = []
   for entry in results["temperatures"]:
-    row = {"exit": entry["exit"], "temperature": f"{entry['temperature']:.2f}"}
+    row = {"exit": entry["exit"], "temperature": _temperature(entry["temperature"])}
     if entry["ece_calibrated"] is not None:
       row |= {
         "calibration error": percent(entry["ece"]),
