@@ -176,19 +176,25 @@ def _predict(workdir, config, images, out) -> None:
     config = identity.read_config(workdir)
   found = predict.predict(workdir, images, out, config)
   shares = ", ".join(f"{100 * share:.1f} %" for share in found["exits"])
+  speed = f"{found['images'] / found['seconds']:,.0f}"
   left_out = f", {found['left_out']:,} left out" if found["left_out"] else ""
   print(
-    f"predict: {found['images']:,} images{left_out}, "
-    f"{found['images'] / found['seconds']:,.0f} images/s, "
+    f"predict: {_images(found['images'])}{left_out}, {_images(speed)}/s, "
     f"{100 * found['cost']:.0f} % of the full network's cost, leaving at the exits "
     f"{shares}: {out}"
   )
 
 
+def _images(number: int | str) -> str:
+  """A number of images, in words: 1 image, 2,000 images."""
+  text = number if isinstance(number, str) else f"{number:,}"
+  return f"{text} image" if text == "1" else f"{text} images"
+
+
 def _run(mode, workdir, config, own) -> None:
   """Runs one mode in a run directory that nobody else writes into."""
   # What a mode does not need is not waited for.
-  from l2w_jax.run import backend, parallel
+  from l2w_jax.run import backend, directory, parallel
   from l2w_jax.training import identity
 
   say = print if parallel.is_writer() else lambda *_: None
@@ -209,9 +215,9 @@ def _run(mode, workdir, config, own) -> None:
     if not loop.train(workdir, config):
       say(f"{workdir}: training had already finished")
       if mode == "all" and parallel.from_writer(
-        identity.is_evaluated(workdir, config, "report/index.html")
+        identity.is_evaluated(workdir, config, directory.REPORT)
       ):
-        say(f"nothing to do; see {workdir / 'report' / 'index.html'}")
+        say(f"nothing to do; see {workdir / directory.REPORT}")
         return
   if mode in ("all", "evaluate"):
     from l2w_jax.results import evaluate
@@ -219,6 +225,8 @@ def _run(mode, workdir, config, own) -> None:
     results = evaluate.evaluate(workdir, config)
     if parallel.is_writer():
       _print_results(results)
+      if mode == "evaluate":  # else the page is drawn below
+        evaluate.say_if_reported(workdir)
   if mode == "latency":
     from l2w_jax.exits import latency
 

@@ -120,7 +120,44 @@ def test_pictures_and_page(compared):
   assert_valid(html)
   assert drawn_in(html) == {"curves", "gain", "weights", "leaving"}
   assert "+2.00 [-0.48, +4.48]" in html
+  assert "where they leave at q = 0.75; q sets" in " ".join(html.split())
   assert not [path for path in workdir.rglob(".*") if path.is_file()]
+
+
+def test_exits_that_are_single_are_compared_at_their_cost(tmp_path):
+  runs = {
+    name: [write_run(tmp_path / name[:3], 0, gain, num_exits=1)]
+    for name, gain in zip(METHODS, (0, 0.01), strict=True)
+  }
+  summary = comparison.write(tmp_path, runs)
+  assert summary["costs"] == [3e5]
+  head, table = comparison.rows(summary, "budgeted")
+  assert head == ["", "mean 300 thousand MACs"] and table[-1][1] == "+1.00"
+  found = {name: [comparison.read_run(x) for x in at] for name, at in runs.items()}
+  drawn = comparison.draw(found, summary)
+  assert "_" in [line.get_marker() for line in drawn["curves"].axes[0].lines]
+
+
+def test_a_comparison_of_patience_speaks_of_no_q(tmp_path):
+  runs = {name: [write_run(tmp_path / name[:3], 0, 0)] for name in METHODS}
+  for (path,) in runs.values():
+    with_patience(path)
+  comparison.write(tmp_path, runs)
+  html = " ".join((tmp_path / "comparison/index.html").read_text().split())
+  assert (
+    "where they leave at patience = 2; patience is how many exits in a row" in html
+  )
+  assert "q sets" not in html and "q =" not in html
+
+
+def with_patience(workdir: pathlib.Path) -> None:
+  """Makes two points of a run patience 2 and 3, and drops the others."""
+  results = directory.read_results(workdir)
+  results["budgeted"] = results["budgeted"][::20]
+  for level, entry in enumerate(results["budgeted"], 2):
+    del entry["q"]
+    entry["patience"] = level
+  directory.write_results(workdir, results | {"confidence": "patience"})
 
 
 def test_two_seeds_have_no_interval_and_leave_the_axis_to_the_dots(tmp_path):
@@ -163,6 +200,7 @@ def make_run(correct, confidence, exits=None, curve=((1.0, 0.5), (3.0, 0.6))):
     confidence=np.array(confidence),
     exits=np.zeros(len(correct), int) if exits is None else np.array(exits),
     seconds=1.0,
+    point=("q", 0.75),
   )
 
 

@@ -170,6 +170,25 @@ def test_evaluate_and_report_by_themselves(finished, workdir, capsys):
   assert capsys.readouterr().out.endswith(f"report: {workdir}/report/index.html\n")
 
 
+def test_a_page_of_other_results_is_drawn_again(
+  workdir, tiny_config, capsys, caplog
+):
+  says = f"{workdir}/report/index.html is of an earlier evaluation; draw it again"
+  main.run("evaluate", workdir, None)
+  assert f"{says} with --mode=report" in caplog.text
+  caplog.clear()
+  main.run("all", workdir, tiny_config)
+  assert "nothing to do" not in capsys.readouterr().out
+  main.run("all", workdir, tiny_config)
+  assert "nothing to do" in capsys.readouterr().out
+  assert says not in caplog.text
+
+
+def test_one_image_is_no_images():
+  found = [main._images(x) for x in (1, 2000, "1", "0")]
+  assert found == ["1 image", "2,000 images", "1 image", "0 images"]
+
+
 def test_the_compilations_are_counted(compilations):
   import jax
 

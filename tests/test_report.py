@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import re
@@ -12,10 +13,16 @@ import html5lib
 import numpy as np
 import pytest
 
-from l2w_jax.results import drawing, intervals
+from l2w_jax.exits import targets, temperature
+from l2w_jax.results import drawing, intervals, report
 from l2w_jax.results import page as page_lib
-from l2w_jax.results.figures import draw_curves, draw_samples
-from l2w_jax.results.report import write_report
+from l2w_jax.results.figures import (
+  draw_curves,
+  draw_samples,
+  target_values,
+  target_words,
+)
+from l2w_jax.results.report import sentence, write_report
 from l2w_jax.run import directory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -222,7 +229,14 @@ def test_the_page_names_the_split_that_thresholds_come_from(page, tmp_path):
   results = make_results(2)
   results["samples"]["calibration"] = 0
   directory.write_results(workdir, results)
-  assert "on the train split" in words(write_report(workdir))
+  lines = [x for x in make_metrics(2) if x["kind"] != "evaluate"]
+  (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  html = words(write_report(workdir))
+  assert "on the train split" in html and html.count(">on train</th>") == 2
+  for text in ("on calibration", "calibration images", "n the calibration split"):
+    assert text not in html
+  assert "1,077 training and 360 test images" in html
+  assert "Losses of the training batches." in html
 
 
 def words(page: pathlib.Path) -> str:
@@ -311,6 +325,83 @@ def test_page_shows_the_numbers_of_the_run(page):
     assert html.count(f"<dt>{term}</dt>") == 1
 
 
+@pytest.mark.parametrize(
+  ("target", "promise", "short"),
+  [
+    ("q:0.75", "At q = 0.75", "q = 0.75"),
+    # The full network takes 1.56 million.
+    ("macs:1e5", "At most 0.1 million MACs", "≤ 0.1 million MACs"),
+    (
+      "accuracy:0.93",
+      "Accuracy at least 93 % on calibration images",
+      "accuracy ≥ 93 %",
+    ),
+    (
+      "risk:0.2:0.1",
+      "At most 20 points below the full network with probability 90 %",
+      "≤ 20 points lost, 90 % sure",
+    ),
+    ("macs:many", "At macs:many", "macs:many"),
+  ],
+)
+def test_a_target_in_words(target, promise, short):
+  results = make_results(3)
+  results["chosen"]["target"] = target
+  assert sentence(results).startswith(f"{promise}: 2")
+  assert target_words(target, results["macs"]) == short
+  labels = [
+    text.get_text() for text in draw_curves(results).axes[0].legend_.get_texts()
+  ]
+  assert f"deployed: {short}" in labels
+
+
+def test_every_form_of_a_target_has_words():
+  for form in targets.FORMS.replace(" or ", ", ").split(", "):
+    target = re.sub("Q|M|A|R|DELTA", "0.5", form)
+    kind, values = target_values(target)
+    assert (kind, values) == (targets.parse(target).kind, [0.5] * len(values))
+
+
+@pytest.mark.parametrize(
+  ("logits", "says"),
+  [
+    ([[1.0, -1.0]], "≤ 0.01"),  # right, so the surer the likelier
+    ([[-1.0, 1.0]], "≥ 100"),
+    # Right three times of four where p = 3/4 is a logit of ln 3.
+    ([[2, 0]] * 3 + [[0, 2]], f"{2 / np.log(3):.2f}"),
+  ],
+)
+def test_a_temperature_at_an_end_of_its_search_is_marked(logits, says):
+  assert report.SEARCHED == (temperature.LOWEST, temperature.HIGHEST)
+  logits = np.array(logits, np.float32)[:, None]
+  (value,) = temperature.fit(logits, np.zeros(len(logits), int))
+  results = make_results(1)
+  results["temperatures"][0]["temperature"] = float(value)
+  _, ((_, cell),) = report._temperatures(results)
+  assert cell == says
+
+
+def test_a_page_of_other_results_is_known(tmp_path):
+  workdir = make_workdir(tmp_path, 2)
+  assert not directory.is_reported(workdir, directory.read_results(workdir))
+  write_report(workdir)
+  assert directory.is_reported(workdir, directory.read_results(workdir))
+  other = make_results(2)
+  other["chosen"]["accuracy"] = 0.5
+  directory.write_results(workdir, other)
+  assert not directory.is_reported(workdir, directory.read_results(workdir))
+
+
+def test_top5_is_explained_where_it_is_shown(page, tmp_path):
+  assert page.read_text().count("<dt>MACs</dt>") == 1
+  assert "top-5" not in page.read_text()
+  workdir = make_workdir(tmp_path, 2)
+  results = make_results(2)
+  results["chosen"]["top5_accuracy"] = 0.99
+  directory.write_results(workdir, results)
+  assert "<dt>top-5</dt>" in write_report(workdir).read_text()
+
+
 def test_the_interval_of_an_accuracy_is_that_of_a_table():
   # Wilson's interval of 80 of 100: 71.1 to 86.7 % (Wallis, 2013).
   low, high = intervals.of_accuracy(np.array([0.8, 1.0, 0.0]), 100)
@@ -330,6 +421,81 @@ def test_where_images_leave_is_what_the_results_say():
   ).all(1).any()
   stars = [line for line in above.lines if line.get_marker() == "*"]
   np.testing.assert_allclose(stars[0].get_xdata(), [x])
+
+
+def labels_of_shares(results: dict) -> dict[str, tuple]:
+  """{text: its box} below, boxes in fractions of the panel."""
+  figure = draw_curves(results)
+  figure.savefig(io.BytesIO(), format="png")  # lays it out
+  below = figure.axes[1]
+  inverse = below.transAxes.inverted()
+  return {
+    text.get_text(): tuple(
+      inverse.transform_bbox(text.get_window_extent()).extents.tolist()
+    )
+    for text in below.texts
+  }
+
+
+@pytest.mark.parametrize(
+  ("num_exits", "every"), [(1, 1), (2, 38), (3, 38), (11, 1)]
+)
+def test_names_of_areas_are_not_cut(num_exits, every):
+  results = make_results(num_exits)
+  results["budgeted"] = results["budgeted"][::every]
+  found = labels_of_shares(results)
+  assert found
+  for left, low, right, high in found.values():
+    assert 0 <= left < right <= 1 and -0.01 <= low < high <= 1.01
+
+
+def test_names_of_areas_are_off_the_line_of_the_deployed_point():
+  results = make_results(2)
+  full = results["macs"][-1]
+  results["chosen"] |= results["budgeted"][19]
+  figure = draw_curves(results)
+  low, high = figure.axes[1].get_xlim()
+  line = (100 * results["chosen"]["macs"] / full - low) / (high - low)
+  found = labels_of_shares(results)
+  assert set(found) == {"exit 1", "exit 2"}
+  assert not any(left < line < right for left, _, right, _ in found.values())
+
+
+def test_names_of_areas_that_are_narrow_lie_beside_them():
+  results = make_results(3)
+  full = results["macs"][-1]
+  for entry in results["budgeted"]:  # of 20 to 25 % of the cost
+    entry["macs"] = full * (0.2 + 0.025 * entry["q"])
+    entry["exits"] = [0.6, 0.35, 0.05]
+  found = labels_of_shares(results)
+  assert set(found) == {"exit 1", "exit 2"}  # 5 % are not as high as a name
+  low, high = draw_curves(results).axes[1].get_xlim()
+  end = (25 - low) / (high - low)
+  assert all(end - 0.01 < left < end + 0.03 for left, *_ in found.values())
+
+
+def test_a_single_exit_is_a_line_as_its_legend_says():
+  above, below = draw_curves(make_results(1)).axes
+  (line,) = [x for x in above.lines if x.get_label() == "early exits"]
+  assert np.ptp(line.get_xdata()) > 0 and np.ptp(line.get_ydata()) == 0
+  area = below.collections[0].get_paths()[0].vertices
+  assert np.ptp(area[:, 0]) > 0 and area[:, 1].max() == 100
+
+
+def test_a_page_of_patience_speaks_of_no_q(tmp_path, page):
+  assert "At q = 0.75. A wrong answer" in words(page)
+  workdir = make_workdir(tmp_path, 3)
+  results = make_results(3)
+  for level, entry in enumerate(results["budgeted"][:2], 2):
+    entry["patience"] = level
+    del entry["q"]
+  results["budgeted"] = results["budgeted"][:2]
+  results["chosen"]["target"] = "accuracy:0.9"
+  directory.write_results(workdir, results)
+  html = words(write_report(workdir))
+  assert "Accuracy at least 90 % on calibration images: " in html
+  assert "q =" not in html and "<dt>patience</dt>" in html
+  assert "At the patience whose mean cost on the calibration split" in html
 
 
 def test_uniform_run_has_no_weights_and_says_why(tmp_path):
@@ -353,7 +519,9 @@ def test_an_unfinished_and_diverged_run_is_shown_as_such(tmp_path):
 def test_an_exit_that_no_sample_leaves_at_is_said_to_be_empty():
   samples = make_samples(3)
   samples["exits"][:] = 2
-  first, last = draw_samples(samples, 3).subfigs
+  figure = draw_samples(samples, 3)
+  first, last = figure.subfigs
+  assert figure.get_figheight() < draw_samples(make_samples(3), 3).get_figheight()
   assert first.get_suptitle() == "Left at exit 1: none of these images"
   assert not any(axes.images for axes in first.axes)
   assert last.get_suptitle() == "Left at exit 3"
@@ -528,7 +696,7 @@ def test_early_exits_and_latency_are_on_the_page_once_measured(tmp_path, caplog)
   )
   html = words(write_report(workdir))
   assert_valid(html)
-  assert "<span>macs 9e5</span>" in html and "&lt;cat&gt;" in html
+  assert "<span>≤ 0.9 million MACs</span>" in html and "&lt;cat&gt;" in html
   assert "<td>2</td><td>50.0 %</td><td>94.24 %</td>" in html
   assert "A calibration error is not shown: on 360 test images" in html
   # Of 3e5 · 3^1.5 MACs.

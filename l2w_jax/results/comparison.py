@@ -37,14 +37,19 @@ TITLES = {
 }
 CAPTIONS = {
   "curves": "Lines: images leave early, at the first exit that is confident "
-  "enough. Dots: every image leaves at the same exit.",
+  "enough. Dots: every image leaves at the same exit. MACs: multiply-accumulates.",
   "gain": "Differences at equal mean cost, seed by seed, so that what a seed does "
   "to both does not count.",
   "weights": "Mean weight of the training samples by their loss at the exit, late "
   "in training; 1 is plain training.",
   "leaving": f"Test images in {NUM_GROUPS} groups of one size, from those that the "
   "exits of the reference are surely right about to those they are surely wrong "
-  f"about, and where they leave at q = {AT_Q}; q sets how late images leave.",
+  "about, and where they leave at ",
+}
+# "q" or "patience" of a point, see `drawing.point_of`.
+MEANINGS = {
+  "q": "q sets how late images leave",
+  "patience": "patience is how many exits in a row must agree",
 }
 
 
@@ -55,8 +60,9 @@ class Run(NamedTuple):
   curve: [P 2] mean cost and accuracy, with early exits.
   macs: [K].
   weights: lines of kind "weights" of metrics.jsonl, by epoch.
-  correct: [N K] bool; confidence: [N K]; exits: [N] exit taken at `AT_Q`.
+  correct: [N K] bool; confidence: [N K]; exits: [N] exit taken at `point`.
   seconds: of training, without compiling.
+  point: the one nearest to `AT_Q`, as `drawing.point_of` has it.
   """
 
   accuracy: np.ndarray
@@ -67,6 +73,7 @@ class Run(NamedTuple):
   confidence: np.ndarray
   exits: np.ndarray
   seconds: float
+  point: tuple[str, float]
 
 
 def read_run(workdir: files.Path) -> Run:
@@ -100,6 +107,7 @@ def read_run(workdir: files.Path) -> Run:
     confidence=scores["test_confidence"],
     exits=np.argmax(scores["test_confidence"] >= thresholds, axis=1),
     seconds=results["seconds"]["train"],
+    point=drawing.point_of(at_q),
   )
 
 
@@ -114,7 +122,9 @@ def accuracy_at(curve: np.ndarray, macs: np.ndarray) -> np.ndarray:
 
 
 def common_costs(runs: Sequence[Run], num: int) -> np.ndarray:
-  """Evenly spaced mean costs that the curves of all runs reach.
+  """Up to `num` evenly spaced mean costs that the curves of all runs reach.
+
+  One, if they have but one in common, as those of a single exit.
 
   Raises:
     ValueError: there is no such range.
@@ -126,13 +136,13 @@ def common_costs(runs: Sequence[Run], num: int) -> np.ndarray:
       f"no mean cost is on the curves of all runs: one begins at {low:.4g} "
       f"MACs and one ends at {high:.4g}"
     )
-  return np.linspace(low, high, num)
+  return np.linspace(low, high, 1 if np.isclose(low, high) else num)
 
 
 def at_equal_cost(
   runs: Mapping[str, Sequence[Run]], num: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """(mean costs [num], {method: accuracies [S num]}), see `common_costs`."""
+  """(mean costs [P], {method: accuracies [S P]}), see `common_costs`."""
   costs = common_costs([run for found in runs.values() for run in found], num)
   return costs, {
     name: np.array([accuracy_at(run.curve, costs) for run in found])
@@ -210,6 +220,7 @@ def summarize(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     "confidence": intervals.CONFIDENCE,
     "macs": everything[0].macs.tolist(),
     "costs": costs.tolist(),
+    "leaving_at": [list(x) for x in sorted({run.point for run in everything})],
     "methods": {
       name: {
         "anytime": intervals.spread(anytime[name]),
@@ -335,9 +346,16 @@ def render(summary: dict[str, Any], drawn: Mapping[str, Any]) -> str:
     drawn,
     title=" against ".join(filter(None, [", ".join(names[:-1]), names[-1]])),
     explanation=_explain(summary),
-    captions=CAPTIONS,
+    captions=CAPTIONS | {"leaving": _leaving_caption(summary)},
     tables={heading: rows(summary, kind) for kind, heading in TITLES.items()},
   )
+
+
+def _leaving_caption(summary: dict[str, Any]) -> str:
+  points = summary["leaving_at"]
+  at = " or ".join(f"{name} = {value:g}" for name, value in points)
+  meanings = [MEANINGS[name] for name in dict(points)]
+  return f"{CAPTIONS['leaving']}{at}; {', '.join(meanings)}."
 
 
 def draw(

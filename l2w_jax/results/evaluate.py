@@ -218,6 +218,17 @@ def _say_if_exported(workdir: files.Path, results: dict[str, Any]) -> None:
       )
 
 
+def say_if_reported(workdir: files.Path) -> None:
+  """Warns that the page of a run is of an earlier evaluation."""
+  page = workdir / directory.REPORT
+  if page.exists() and not directory.is_reported(
+    workdir, directory.read_results(workdir)
+  ):
+    logging.warning(
+      "%s is of an earlier evaluation; draw it again with --mode=report", page
+    )
+
+
 def _version(package: str) -> str:
   try:
     return metadata.version(package)

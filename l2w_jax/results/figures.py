@@ -20,7 +20,8 @@ MAX_LINES, MAX_PANELS, MAX_LOSS_POINTS = 5, 6, 200
 MIN_IN_BIN = 10  # samples, below which a mean is not drawn
 MAX_CLASSES = 30  # rows of the heat map: the cheapest and the most expensive half
 SAMPLE_COLUMNS, SAMPLE_ROWS = 5, 2
-LABELLED = 6.0  # percent of the images, from which an exit's area has its label
+LABELLED = 6.0  # percent of the images: the height of a label of an exit's area
+LETTER = 0.016  # width of a letter of it, of that of the panel
 
 
 @styled
@@ -40,14 +41,17 @@ def draw_curves(results: dict):
 
   budgeted = sorted(results["budgeted"], key=lambda entry: entry["macs"])
   cost, accuracy = points(budgeted).T
+  shares = 100 * np.array([e["exits"] for e in budgeted])
+  alone = np.ptp(cost) == 0
+  if alone:  # lines and areas need a width
+    cost = np.array([0.97, 1.03]) * cost[0]
+    accuracy, shares = (np.repeat(x[:1], 2, 0) for x in (accuracy, shares))
   exits = points(results["anytime"])
   figure = drawing.new_figure(5.2)
   above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
   low, high = (100 * x for x in intervals.of_accuracy(accuracy / 100, count))
   drawing.band(above, cost, low, high, ACCENT)
-  above.plot(
-    cost, accuracy, "-" if len(cost) > 1 else "o", color=ACCENT, label="early exits"
-  )
+  above.plot(cost, accuracy, color=ACCENT, label="early exits")
   above.axhline(exits[-1, 1], color=GREY, linewidth=1, linestyle=":")
   above.plot(
     *exits.T,
@@ -73,7 +77,7 @@ def draw_curves(results: dict):
     markersize=14,
     color=STAR,
     markeredgecolor="white",
-    label=f"deployed: {target_words(chosen['target'])}",
+    label=f"deployed: {target_words(chosen['target'], results['macs'])}",
     zorder=5,
   )
   # At least ten test images from bottom to top, or noise looks like signal; what
@@ -91,16 +95,21 @@ def draw_curves(results: dict):
   handles.insert(1, Patch(color=ACCENT, alpha=0.18, linewidth=0))
   labels.insert(1, f"its 95 % interval ({count:,} images)")
   above.legend(handles, labels, loc="best")
-  _draw_shares(below, cost, 100 * np.array([e["exits"] for e in budgeted]))
-  below.axvline(
-    100 * chosen["macs"] / full, color="white", linewidth=1.4, linestyle="--"
-  )
+  deployed = 100 * chosen["macs"] / full
+  colors = drawing.exit_colors(shares.shape[1])
+  below.stackplot(cost, shares.T, colors=colors, linewidth=0)
+  below.grid(False)
+  below.set_ylim(0, 100)
+  below.axvline(deployed, color="white", linewidth=1.4, linestyle="--")
   scale, unit = drawing.cost_scale([full])
   below.set(
     xlabel=f"mean cost, % of the full network ({full / scale:.3g} {unit})",
     ylabel="images leaving (%)",
   )
   drawing.log_if_wide(below.xaxis, [*cost, *exits[:, 0]])
+  if alone and len(exits) == 1:  # and it is not all there is to see
+    below.set_xlim(85, 105)
+  _label_shares(below, cost, shares, deployed)
   return figure
 
 
@@ -118,37 +127,101 @@ def _small_circle():
   )
 
 
-def _draw_shares(axes, cost: np.ndarray, shares: np.ndarray) -> None:
-  """Areas of the shares [P K] in percent over the cost [P], labelled inside."""
+def _label_shares(axes, cost: np.ndarray, shares: np.ndarray, deployed: float):
+  """Names the areas of the shares [P K] in percent over the cost [P].
+
+  In an area where it is as wide and high as its name, and off the line at the
+  cost `deployed` if there is such a place; otherwise to the right of where the
+  area ends, if there is room.
+  """
   num_exits = shares.shape[1]
-  if len(cost) == 1:  # an area needs a width
-    cost, shares = np.array([0.97, 1.03]) * cost, np.repeat(shares, 2, 0)
-  colors = drawing.exit_colors(num_exits)
-  axes.stackplot(cost, shares.T, colors=colors, linewidth=0)
-  top = np.cumsum(shares, axis=1)
-  inner = slice(len(cost) // 8, max(len(cost) - len(cost) // 8, 1))
-  for k, color in enumerate(colors):
-    at = np.arange(len(cost))[inner][np.argmax(shares[inner, k])]
-    if shares[at, k] < LABELLED:
-      continue
-    axes.annotate(
-      f"exit {k + 1}" if num_exits < 7 else f"{k + 1}",
-      (cost[at], top[at, k] - shares[at, k] / 2),
-      ha="center",
+  axes.get_xlim()  # what follows needs the limits that it settles
+  scale = axes.transScale + axes.transLimits
+  at, line = (
+    scale.transform(np.c_[x, np.zeros_like(x)])[:, 0]
+    for x in (cost, np.array([deployed]))
+  )
+  tops = np.c_[np.zeros(len(cost)), np.cumsum(shares, axis=1)]
+  for k, color in enumerate(drawing.exit_colors(num_exits)):
+    name = f"exit {k + 1}" if num_exits < 7 else f"{k + 1}"
+    width = LETTER * len(name)
+    place, align = _place(at, tops[:, k], tops[:, k + 1], width, line[0]), "center"
+    ink = "white" if np.dot(color[:3], (0.3, 0.59, 0.11)) < 0.55 else INK
+    if place is None:
+      ink, align = INK, "left"
+      if shares[-1, k] < LABELLED or at[-1] + 0.01 + width > 1:
+        continue
+      place = at[-1] + 0.01, tops[-1, k] + shares[-1, k] / 2
+    axes.text(
+      *place,
+      name,
+      ha=align,
       va="center",
       fontsize=8,
-      color="white" if np.dot(color[:3], (0.3, 0.59, 0.11)) < 0.55 else INK,
+      color=ink,
+      transform=axes.get_yaxis_transform(),
     )
-  axes.grid(False)
-  axes.set_ylim(0, 100)
 
 
-def target_words(target: str) -> str:
-  """As a reader sees a target: `q:0.75` is "q = 0.75"."""
-  kind, _, value = target.partition(":")
+def _place(at, low, high, width: float, line: float) -> tuple[float, float] | None:
+  """(x, y) of the middle of a label in the area between two lines, if it fits.
+
+  Args:
+    at: [P] in fractions of the panel, ascending; low, high: [P] in percent.
+    width: of the label, as `at`.
+    line: that the label should not lie on, as `at`.
+  """
+  steps = np.linspace(-0.5, 0.5, 9) * width
+  middles = np.linspace(at[0] + width / 2, at[-1] - width / 2, 101)
+  if at[-1] - at[0] < width:
+    return None
+  under = middles[:, None] + steps
+  floor = np.interp(under, at, low).max(1)
+  room = np.interp(under, at, high).min(1) - floor
+  fits = room >= LABELLED
+  free = fits & (np.abs(middles - line) > width / 2 + 0.01)
+  if not fits.any():
+    return None
+  best = np.where(free if free.any() else fits, room, -np.inf).argmax()
+  return middles[best], floor[best] + room[best] / 2
+
+
+def target_words(target: str, macs: Sequence[float] | np.ndarray) -> str:
+  """As a reader sees a target, in short: `q:0.75` is "q = 0.75".
+
+  Args:
+    target: one of the forms of `exits.targets`; what is none stays as it is.
+    macs: costs of the run, whose unit a cost is said in.
+  """
+  kind, values = target_values(target)
   if kind == "q":
-    return f"q = {value}"
-  return f"{kind} {value}" if value else target
+    return f"q = {target.partition(':')[2]}"
+  if kind == "macs":
+    return f"≤ {cost_words(values[0], macs)}"
+  if kind == "accuracy":
+    return f"accuracy ≥ {100 * values[0]:.6g} %"
+  if kind == "risk":
+    return (
+      f"≤ {100 * values[0]:.6g} points lost, {100 * (1 - values[1]):.6g} % sure"
+    )
+  return target
+
+
+def target_values(target: str) -> tuple[str, list[float]]:
+  """(kind, its numbers) of a target, ("", []) of what is none."""
+  kind, *numbers = target.split(":")
+  try:
+    values = [float(number) for number in numbers]
+  except ValueError:
+    return "", []
+  known = {"q": 1, "macs": 1, "accuracy": 1, "risk": 2}.get(kind) == len(values)
+  return (kind, values) if known else ("", [])
+
+
+def cost_words(cost: float, macs: Sequence[float] | np.ndarray) -> str:
+  """A cost in the unit that suits the costs `macs` of a run."""
+  scale, unit = drawing.cost_scale(macs)
+  return f"{cost / scale:,.6g} {unit}"
 
 
 @styled
@@ -266,6 +339,7 @@ def draw_classes(results: dict):
 def draw_latency(latency: dict):
   """Times as fast as the full network, with intervals, beside what MACs promise."""
   batches = sorted({row["batch"] for row in latency["rows"]})
+  costs = [row["macs"] for row in latency["rows"]]
   groups = [
     [r for r in latency["rows"] if r["batch"] == batch and r["kind"] != "full"]
     for batch in batches
@@ -288,7 +362,7 @@ def draw_latency(latency: dict):
       macs, y, "o", markerfacecolor="none", color=GREY, label="as MACs promise"
     )
     axes.set_yticks(
-      y, [f"{point_words(row)} · {way(row)}" for row in rows], size=7.5
+      y, [f"{point_words(row, costs)} · {way(row)}" for row in rows], size=7.5
     )
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_title(f"batch {batch:,}")
@@ -310,9 +384,9 @@ def draw_latency(latency: dict):
   return figure
 
 
-def point_words(row: dict) -> str:
-  """The operating point of a row of latency.json, in short."""
-  return target_words(row["point"].removeprefix("target "))
+def point_words(row: dict, macs: Sequence[float] | np.ndarray) -> str:
+  """The operating point of a row of latency.json, in short, see `target_words`."""
+  return target_words(row["point"].removeprefix("target "), macs)
 
 
 def way(row: dict) -> str:
@@ -330,17 +404,25 @@ def way(row: dict) -> str:
 def draw_samples(samples: dict[str, np.ndarray], num_exits: int):
   """The first test images that leave at the first and at the last exit."""
   ends = sorted({0, num_exits - 1})
-  figure = drawing.new_figure(2.75 * len(ends))
-  groups = figure.subfigures(len(ends), 1, squeeze=False).ravel()
+  # A row without images takes no place, but the title of its exit does.
+  shown = [(samples["exits"] == k).sum() for k in ends]
+  rows = [min(-(-n // SAMPLE_COLUMNS), SAMPLE_ROWS) for n in shown]
+  heights = [0.35 + 1.2 * n for n in rows]
+  figure = drawing.new_figure(sum(heights))
+  groups = figure.subfigures(
+    len(ends), 1, squeeze=False, height_ratios=heights
+  ).ravel()
   names = [drawing.clean(name, 12) for name in samples["class_names"]]
   brightest = max(int(samples["images"].max(initial=0)), 1)
-  for k, group in zip(ends, groups, strict=True):
+  for k, group, num_rows in zip(ends, groups, rows, strict=True):
     here = np.flatnonzero(samples["exits"] == k)
     group.suptitle(
       f"Left at exit {k + 1}" + ("" if len(here) else ": none of these images"),
       fontsize=9.5,
     )
-    panels = group.subplots(SAMPLE_ROWS, SAMPLE_COLUMNS).ravel()
+    if not num_rows:
+      continue
+    panels = group.subplots(num_rows, SAMPLE_COLUMNS, squeeze=False).ravel()
     for axes in panels:
       axes.axis("off")
     for i, axes in zip(here, panels, strict=False):
@@ -366,10 +448,12 @@ def draw_samples(samples: dict[str, np.ndarray], num_exits: int):
 def draw_training(metrics: dict[str, list[dict]], num_exits: int):
   """Losses, and calibration accuracy per exit, over the epochs.
 
-  Many steps are drawn as means over runs of consecutive ones.
+  Many steps are drawn as means over runs of consecutive ones. Where no image was
+  held out there is no accuracy, and no panel of it.
   """
-  figure = drawing.new_figure(4.4)
-  losses, accuracy = figure.subplots(2, 1, sharex=True)
+  rows = 2 if metrics["evaluate"] else 1
+  figure = drawing.new_figure(2.2 * rows)
+  losses, *others = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
   drawn = []
   for name, color in (("train_loss", INK), ("meta_loss", ACCENT)):
     points = [
@@ -390,13 +474,15 @@ def draw_training(metrics: dict[str, list[dict]], num_exits: int):
       drawn += list(means[:, 1])
   losses.set(title="Losses", ylabel="sum over exits (nats)")
   drawing.log_if_wide(losses.yaxis, drawn)
+  (others or [losses])[-1].set_xlabel("epoch")
+  if not others:
+    return figure
+  accuracy = others[0]
   epoch = [line["epoch"] for line in metrics["evaluate"]]
   for k, color in enumerate(drawing.exit_colors(num_exits)):
     percent = [100 * line["accuracy"][k] for line in metrics["evaluate"]]
     accuracy.plot(epoch, percent, ".-", color=color)
-  accuracy.set(
-    title="On the calibration split", xlabel="epoch", ylabel="accuracy (%)"
-  )
+  accuracy.set(title="On the calibration split", ylabel="accuracy (%)")
   drawing.exit_legend(accuracy, num_exits)
   return figure
 
@@ -475,16 +561,21 @@ def draw_comparison(
   axes = figure.add_subplot()
   x, at = 100 * costs / macs[-1], 100 * macs / macs[-1]
   colors = colors_of(curves)
+  mark = "-" if len(x) > 1 else "_"  # of one cost there is no line
   for i, (name, color) in enumerate(colors.items()):
     for curve in curves[name]:
-      axes.plot(x, 100 * curve, color=color, linewidth=0.7, alpha=0.35)
-    axes.plot(x, 100 * curves[name].mean(0), color=color, linewidth=2)
+      axes.plot(x, 100 * curve, mark, color=color, linewidth=0.7, alpha=0.35)
+    mean = 100 * curves[name].mean(0)
+    axes.plot(x, mean, mark, color=color, linewidth=2, markersize=12)
     shift = (i - (len(colors) - 1) / 2) * 0.9
     for accuracy in exits[name]:
       axes.plot(at + shift, 100 * accuracy, ".", color=color, alpha=0.8)
   axes.set(xlabel=_cost_label(macs), ylabel="test accuracy (%)")
   _method_legend(
-    figure, colors, ("mean with early exits", "-"), ("a seed, all at one exit", ".")
+    figure,
+    colors,
+    ("mean with early exits", mark),
+    ("a seed, all at one exit", "."),
   )
   return figure
 

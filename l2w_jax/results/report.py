@@ -40,6 +40,7 @@ CONFIDENCES = {
   "margin": "margin (largest less second softmax probability)",
   "entropy": "confidence (that of a low entropy)",
 }
+SEARCHED = 0.01, 100.0  # of temperatures, as in `exits.temperature`
 MAX_CONFUSED = 8
 MAX_CLASSES = 50  # in the table, the most expensive of more
 
@@ -86,12 +87,12 @@ def write_report(
     encoded = base64.b64encode(csv.read_bytes()).decode()
     context["csv"] = f"data:text/csv;base64,{encoded}"
   html = page.render("report.html", drawn, **context)
-  folder = workdir / "report"
-  files.make_folder(folder)
-  files.write(folder / "index.html", html)
+  path = workdir / directory.REPORT
+  files.make_folder(path.parent)
+  files.write(path, html)
   if figure_format:
-    drawing.save(folder / "figures", drawn, figure_format)
-  return folder / "index.html"
+    drawing.save(path.parent / "figures", drawn, figure_format)
+  return path
 
 
 def _latency_of(workdir: files.Path, results: dict) -> dict | None:
@@ -122,6 +123,7 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
   }
   seen = len([entry for entry in chosen["classes"] if sum(entry["left"])])
   return {
+    "digest": results["digest"],
     "title": f"{results['dataset']}, {results['method']}",
     "sentence": sentence(results),
     "warnings": warnings,
@@ -129,7 +131,8 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
     "point_name": drawing.point_of(results["budgeted"][0])[0],
     "calibration_words": _calibration_words(results["samples"]),
     "data_line": _data_line(results),
-    "target": figures.target_words(chosen["target"]),
+    "target": figures.target_words(chosen["target"], results["macs"]),
+    "has_top5": "top5_accuracy" in chosen,
     "anytime": _anytime_table(results),
     "budgeted": _budgeted_table(results),
     "csv": "",
@@ -153,11 +156,12 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
     ),
     "temperatures": _temperatures(results),
     "error_line": _error_line(results),
-    "latency": latency and _latency_table(latency, results["macs"][-1]),
+    "latency": latency and _latency_table(latency, results["macs"]),
     "latency_gist": latency
     and f"{latency['device']['kind']} ({latency['device']['platform']})",
-    "samples_q": f"{float(samples['q']):g}",
+    "samples_at": _samples_at(results, float(samples["q"])),
     "estimators": lines and estimators(lines),
+    "evaluates": bool(metrics["evaluate"]),
     "training_gist": f"{results['step']:,} steps",
     "weights_line": _weights_line(results) if "weights" in results else "",
     "weights_table": _weights_table(results) if "weights" in results else None,
@@ -203,16 +207,45 @@ def sentence(results: dict) -> str:
   chosen, last = results["chosen"], results["anytime"][-1]
   low, high = intervals.of_accuracy(chosen["accuracy"], results["samples"]["test"])
   return (
-    f"At {figures.target_words(chosen['target'])}: "
+    f"{_promise(results)}: "
     f"{100 * chosen['macs'] / last['macs']:.0f} % of the cost, accuracy "
     f"{percent(chosen['accuracy'], 1)} [{100 * low:.1f}, {100 * high:.1f}]; full "
     f"network {percent(last['accuracy'], 1)}."
   )
 
 
+def _promise(results: dict) -> str:
+  """The target of the deployed point, as a sentence begins."""
+  target, costs = results["chosen"]["target"], results["macs"]
+  kind, values = figures.target_values(target)
+  if kind == "macs":
+    return f"At most {figures.cost_words(values[0], costs)}"
+  if kind == "accuracy":
+    return (
+      f"Accuracy at least {100 * values[0]:.6g} % on {_chosen_on(results)} images"
+    )
+  if kind == "risk":
+    return (
+      f"At most {100 * values[0]:.6g} points below the full network with "
+      f"probability {100 * (1 - values[1]):.6g} %"
+    )
+  return f"At {figures.target_words(target, costs)}"
+
+
 def _chosen_on(results: dict) -> str:
   """Split the thresholds come from: train, as released, if none was held out."""
   return "calibration" if results["samples"]["calibration"] else "train"
+
+
+def _samples_at(results: dict, q: float) -> str:
+  """The budget of the pictures in words that the page defines."""
+  if drawing.point_of(results["budgeted"][0])[0] == "q":
+    return f"At q = {q:g}"
+  return (
+    f"At the patience whose mean cost on the {_chosen_on(results)} split is "
+    f"nearest to that of leaving in proportion to {q:g}, {q:g}², {q:g}³, … at "
+    "exits 1, 2, 3, …"
+  )
 
 
 def _calibration_words(count: dict) -> str:
@@ -230,8 +263,11 @@ def _calibration_words(count: dict) -> str:
 
 def _data_line(results: dict) -> str:
   count, device = results["samples"], results["device"]
+  held_out = (
+    f", {count['calibration']:,} calibration" if count["calibration"] else ""
+  )
   return (
-    f"{count['train']:,} training, {count['calibration']:,} calibration and "
+    f"{count['train']:,} training{held_out} and "
     f"{count['test']:,} test images; one test image is "
     f"{100 / max(count['test'], 1):.2g} points. {results['params']:,} parameters. "
     f"{results['step']:,} steps on {device['count']} × {device['kind']} "
@@ -267,12 +303,14 @@ def _cost(results: dict, macs: float | None) -> dict[str, str]:
   }
 
 
-def _accuracy(entry: dict) -> dict[str, str]:
+def _accuracy(results: dict, entry: dict) -> dict[str, str]:
   """Cells of the accuracies that a point has."""
   found = {"test accuracy": percent(entry["accuracy"])}
   if "top5_accuracy" in entry:
     found["top-5"] = percent(entry["top5_accuracy"])
-  return found | {"on calibration": percent(entry["calibration_accuracy"])}
+  return found | {
+    f"on {_chosen_on(results)}": percent(entry["calibration_accuracy"])
+  }
 
 
 def _anytime_table(results: dict):
@@ -281,7 +319,7 @@ def _anytime_table(results: dict):
       {"exit": entry["exit"]}
       | _cost(results, entry["macs"])
       | {"parameters to here": f"{params:,}"}
-      | _accuracy(entry)
+      | _accuracy(results, entry)
       for entry, params in zip(
         results["anytime"], results["params_to_exit"], strict=True
       )
@@ -296,7 +334,7 @@ def _budgeted_table(results: dict):
     [
       {drawing.point_of(entry)[0]: f"{drawing.point_of(entry)[1]:g}"}
       | _cost(results, entry["macs"])
-      | _accuracy(entry)
+      | _accuracy(results, entry)
       | {
         "leaving at each exit (%)": _join(
           f"{100 * share:.0f}" for share in entry["exits"]
@@ -362,10 +400,18 @@ def _by_class(results: dict):
   )
 
 
+def _temperature(value: float) -> str:
+  """A temperature; one at an end of its search may be beyond it."""
+  lowest, highest = SEARCHED
+  if value <= 1.001 * lowest:
+    return f"≤ {lowest:g}"
+  return f"≥ {highest:g}" if value >= 0.999 * highest else f"{value:.2f}"
+
+
 def _temperatures(results: dict):
   found = []
   for entry in results["temperatures"]:
-    row = {"exit": entry["exit"], "temperature": f"{entry['temperature']:.2f}"}
+    row = {"exit": entry["exit"], "temperature": _temperature(entry["temperature"])}
     if entry["ece_calibrated"] is not None:
       row |= {
         "calibration error": percent(entry["ece"]),
@@ -394,14 +440,14 @@ def _error_line(results: dict) -> str:
   )
 
 
-def _latency_table(latency: dict, full: float):
+def _latency_table(latency: dict, costs: Sequence[float]):
   return _table(
     [
       {
-        "point": figures.point_words(row),
+        "point": figures.point_words(row, costs),
         "batch": f"{row['batch']:,}",
         "run": figures.way(row),
-        "cost": percent(row["macs"] / full, 1),
+        "cost": percent(row["macs"] / costs[-1], 1),
         "median of a call (ms)": _with_interval(row, "ms", ".3f"),
         "images/s": f"{row['images_per_second']:,.0f}",
         "times as fast": _with_interval(row, "speedup", ".2f"),

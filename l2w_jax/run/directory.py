@@ -39,6 +39,8 @@ from l2w_jax.run.schema import (
   Size,
 )
 
+REPORT = "report/index.html"
+
 # What the files must hold, see `schema`; each may hold more.
 _PER_EXIT = Many(NUMBER, "exits")
 # An exit nobody is to leave at has no threshold or an infinite one.
@@ -280,6 +282,15 @@ def read_results(workdir: files.Path) -> dict[str, Any]:
     ValueError: it is missing, broken, edited or of an earlier version.
   """
   return _read(workdir, "results.json", _parse_results)
+
+
+def is_reported(workdir: files.Path, results: dict[str, Any]) -> bool:
+  """Whether the page of a run is there and of `results`, whose digest it holds."""
+  try:
+    page = (workdir / REPORT).read_bytes()
+  except OSError:
+    return False
+  return f'<meta name="results" content="{results["digest"]}">'.encode() in page
 
 
 def read_metrics(

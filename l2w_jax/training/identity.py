@@ -166,7 +166,10 @@ def remember(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
 
 
 def is_evaluated(workdir: files.Path, config: ConfigDict, name: str) -> bool:
-  """Whether results of the finished run, and the file `name`, are there."""
+  """Whether results of the finished run, and the file `name`, are there.
+
+  A page of other results, as `directory.REPORT` may be, counts as missing.
+  """
   try:
     results = directory.read_results(workdir)
   except ValueError:
@@ -176,6 +179,7 @@ def is_evaluated(workdir: files.Path, config: ConfigDict, name: str) -> bool:
   return (
     bool(results["complete"])
     and (workdir / name).exists()
+    and (name != directory.REPORT or directory.is_reported(workdir, results))
     and results["checkpoint"] == info.get("checkpoint")
     and not _chosen_otherwise(config, results)
   )
