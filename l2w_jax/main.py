@@ -144,19 +144,18 @@ def run(mode: str, workdir: files.Path, config, **own: str | None) -> None:
     return _run(mode, workdir, config, own)
   if mode == "predict":  # of what others may write meanwhile, it writes nothing
     out = files.path(own.get("out") or workdir / "predictions.csv")
+    place = files.target(out).parent
     if out.is_file() and not out.read_bytes().startswith(b"image,label,"):
       raise ValueError(
         f"--out={out} is there and no table of predictions, so it is not written "
         "over; name another file"
       )
-    if out.is_dir() or (files.is_local(out) and not out.parent.is_dir()):
-      what = (
-        "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-      )
+    if out.is_dir() or (files.is_local(out) and not place.is_dir()):
+      what = "it is a folder" if out.is_dir() else f"there is no folder {place}"
       raise ValueError(
         f"--out={out}: {what}; name a file in a folder that is there"
       )
-    os_errors.check_writable([out.parent])
+    os_errors.check_writable([place])
     return _predict(workdir, config, files.path(str(own["images"])), out)
   if parallel.is_writer():
     os_errors.check_writable([workdir / name for name in WRITTEN[mode]])

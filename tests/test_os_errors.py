@@ -117,6 +117,26 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_other(tmp_path)
   assert (tmp_path / "results.json").read_text() == "old"
 
 
+def test_a_link_is_followed_and_what_is_no_file_is_left_alone(tmp_path):
+  (tmp_path / "there").mkdir()
+  real, link, pipe = (tmp_path / x for x in ("there/real", "link", "pipe"))
+  link.symlink_to("there/real")
+  for data in ("new", "newer"):
+    files.write(link, data)
+    assert link.is_symlink() and real.read_text() == data
+  os.mkfifo(pipe)
+  real.unlink()
+  real.symlink_to(pipe)
+  for path in (pipe, link):
+    with pytest.raises(ValueError, match=f"{path} is there and no regular file; "):
+      files.write(path, "data")
+    assert pipe.is_fifo()
+  link.unlink()
+  link.symlink_to(link)
+  with pytest.raises(OSError, match="symbolic links"):
+    files.write(link, "data")
+
+
 @pytest.mark.parametrize("place", ["/dev/full", None])
 def test_standard_output_that_takes_no_more_is_one_line(place):
   script = (
