@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import TINY, run_main, tiny_flags
@@ -245,6 +246,42 @@ def test_results_of_other_weights_are_refused(workdir):
   directory.write_results(workdir, results | {"checkpoint": "other"})
   with pytest.raises(ValueError, match="of other weights .*--mode=evaluate again"):
     early_exit.load(workdir)
+
+
+OTHER_RANDOM = {
+  "jax_default_prng_impl": ("threefry2x32", "rbg"),
+  "jax_threefry_partitionable": (1, 0),
+  "jax_random_seed_offset": (0, 7),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RANDOM)
+def test_other_random_settings_of_jax_are_named(run, name):
+  workdir, root = run
+  then, now = OTHER_RANDOM[name]
+  jax.config.update(name, type(getattr(jax.config, name))(now))
+  try:
+    identity.open_data(workdir, config_of(root))  # to evaluate
+    with pytest.raises(
+      ValueError, match="its seed would draw other numbers"
+    ) as error:
+      identity.open_data(workdir, config_of(root), num_devices=1)
+  finally:
+    jax.config.update(name, type(getattr(jax.config, name))(then))
+  name = name.upper()
+  assert f"was trained with {name}={then}, and here it is {name}={now}: " in str(
+    error.value
+  )
+  identity.open_data(workdir, config_of(root), num_devices=1)
+
+
+def test_what_early_versions_did_not_save_is_not_compared(run):
+  workdir, root = run
+  _, made_of = identity.open_data(workdir, config_of(root))
+  del made_of["jax"]
+  with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(0, {"step": np.int32(0)}, {"identity": made_of})
+  identity.open_data(workdir, config_of(root), num_devices=1)
 
 
 @pytest.mark.parametrize("trained_in_x64", [False, True])
