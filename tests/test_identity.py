@@ -183,6 +183,20 @@ def test_the_command_restores_config_json_and_refuses_another(workdir):
   assert (workdir / "config.json").exists()
 
 
+def test_lost_checkpoints_are_not_trained_anew(workdir, tiny_config, compilations):
+  shutil.rmtree(workdir / "checkpoints")
+  before = (workdir / "metrics.jsonl").read_bytes()
+  with pytest.raises(
+    ValueError, match="holds results.json but no checkpoint; bring"
+  ):
+    train.train(workdir, tiny_config)
+  assert (workdir / "metrics.jsonl").read_bytes() == before and not compilations()
+  assert not (workdir / "checkpoints").exists()
+  # As of a run that was killed before its first checkpoint.
+  (workdir / "results.json").unlink()
+  identity.check_not_lost(workdir)
+
+
 def test_checkpoints_of_early_versions_are_read_with_a_note(run, caplog):
   workdir, root = run
   with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:

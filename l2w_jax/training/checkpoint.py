@@ -124,7 +124,7 @@ class Checkpoints:
 
   def info(self) -> dict[str, Any] | None:
     """What was saved beside the state of the latest step that tells."""
-    for step in self._steps():
+    for step in self.steps():
       try:
         return self._info(step)
       except Exception:  # `restore` will say so
@@ -160,13 +160,13 @@ class Checkpoints:
     )
     return parallel.arrays_from_writer(state), info
 
-  def _steps(self) -> list[int]:
-    """From the latest on."""
+  def steps(self) -> list[int]:
+    """Those that there are, from the latest on."""
     return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
 
   def _latest(self, template):
     reason = ""
-    for step in self._steps():
+    for step in self.steps():
       try:
         return self._restore(step, template)
       except OtherArraysError:
@@ -183,7 +183,7 @@ class Checkpoints:
     if reason:
       raise ValueError(
         f"no checkpoint in {self._folder} can be restored (tried "
-        f"{', '.join(map(str, self._steps()))}; of the last: {reason}); bring back "
+        f"{', '.join(map(str, self.steps()))}; of the last: {reason}); bring back "
         "a copy of the folder if there is one, or use another workdir to start over"
       )
     return None

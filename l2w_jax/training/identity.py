@@ -167,6 +167,21 @@ def open_data(
   return dataset, {"config": values, "data": data, "jax": settings}
 
 
+def check_not_lost(workdir: files.Path) -> None:
+  """Raises ValueError if a run has results, which are of a checkpoint, and none.
+
+  A run that lost its checkpoints before it was evaluated is not told from one
+  that was killed before its first: lines of metrics.jsonl may come before that.
+  """
+  if (workdir / "results.json").exists():
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+      if not checkpoints.steps():
+        raise ValueError(
+          f"workdir {workdir} holds results.json but no checkpoint; bring back "
+          f"{workdir / 'checkpoints'}, or use another workdir to start over"
+        )
+
+
 def remember(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
   """Puts what a run is evaluated with, and on, into its config.json; all keys."""
   values = (read(workdir) or {"config": config.to_dict()})["config"]
