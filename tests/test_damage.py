@@ -24,7 +24,7 @@ READERS = {
   "results.json": directory.read_results,
   "latency.json": directory.read_latency,
   "samples.npz": directory.read_samples,
-  "scores.npz": lambda workdir: directory.read_scores(workdir, 2),
+  "scores.npz": directory.read_scores,
 }
 ADVICE = {
   "config.json": "delete it: it is restored",
@@ -295,6 +295,40 @@ def test_a_comparison_names_what_is_damaged(workdir, caplog):
   np.savez(workdir / "scores.npz", **scores | {"about": "{}"})
   line = refused(workdir, "scores.npz", comparison.read_run)
   assert "its 'calibration_logits' has more than its 2 exits" in line
+
+
+def of_another_checkpoint(path) -> None:
+  with np.load(path) as file:
+    arrays = dict(file)
+  if "about" in arrays:
+    about = json.loads(str(arrays["about"])) | {"checkpoint": "other"}
+    arrays["about"] = np.array(json.dumps(about))
+  else:
+    arrays["checkpoint"] = np.array("other")
+  np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+  ("name", "use"),
+  [
+    ("scores.npz", early_exit.load),
+    ("scores.npz", comparison.read_run),
+    ("samples.npz", report.write_report),
+  ],
+)
+def test_what_is_of_another_checkpoint_is_refused(workdir, name, use):
+  of_another_checkpoint(workdir / name)
+  assert "of another checkpoint than results.json" in refused(workdir, name, use)
+
+
+def test_samples_of_early_versions_are_shown(workdir):
+  with np.load(workdir / "samples.npz") as file:
+    arrays = dict(file)
+  assert (
+    str(arrays.pop("checkpoint")) == directory.read_results(workdir)["checkpoint"]
+  )
+  np.savez(workdir / "samples.npz", **arrays)
+  assert report.write_report(workdir).exists()
 
 
 @pytest.mark.parametrize("data", ["[]", "null", "\x00", "{", "[" * 100_000])

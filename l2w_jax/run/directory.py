@@ -171,6 +171,7 @@ METRIC_SHAPES = {
 }
 _KINDS = "one of " + ", ".join(METRIC_SHAPES)
 SAMPLES_SHAPE = {
+  "checkpoint?": Array("U", ""),  # early versions did not write it
   "class_names": Array("U", "classes"),
   "images": Array("u", "samples height width channels"),
   "labels": Array("iu", "samples", below="classes"),
@@ -340,30 +341,28 @@ def metric_lines(
 
 
 def read_scores(
-  workdir: files.Path, num_exits: int | None = None
+  workdir: files.Path, results: dict[str, Any] | None = None
 ) -> dict[str, Any]:
   """What scores.npz holds; "about" as a dict.
 
   Args:
     workdir: of the run.
-    num_exits: of its network; None if not known.
+    results: what results.json holds, which it must be of; None if not known.
 
   Raises:
-    ValueError: it is missing or broken, or of another network.
+    ValueError: it is missing or broken, or of another network or checkpoint.
   """
   return _read(
-    workdir, "scores.npz", functools.partial(_parse_scores, num_exits=num_exits)
+    workdir, "scores.npz", functools.partial(_parse_scores, results=results)
   )
 
 
-def read_samples(workdir: files.Path) -> dict[str, np.ndarray]:
-  """What samples.npz holds.
-
-  Raises:
-    ValueError: it is missing or broken.
-  """
+def read_samples(
+  workdir: files.Path, results: dict[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+  """What samples.npz holds; see `read_scores`."""
   return _read(
-    workdir, "samples.npz", functools.partial(_parse_arrays, SAMPLES_SHAPE)
+    workdir, "samples.npz", functools.partial(_parse_samples, results=results)
   )
 
 
@@ -445,11 +444,26 @@ def _parse_metric(line: str, num_exits: int | None) -> dict[str, Any]:
   return entry
 
 
-def _parse_scores(data: bytes, num_exits: int | None) -> dict[str, Any]:
-  found = _parse_arrays(SCORES_SHAPE, data, num_exits)
+def _parse_scores(data: bytes, results: dict[str, Any] | None) -> dict[str, Any]:
+  found = _parse_arrays(SCORES_SHAPE, data, results and len(results["macs"]))
   about = json.loads(str(found["about"]))
   schema.check({name: RESULTS_SHAPE[name] for name in ABOUT}, about)
+  _check_checkpoint(about["checkpoint"], results)
   return found | {"about": about}
+
+
+def _parse_samples(
+  data: bytes, results: dict[str, Any] | None
+) -> dict[str, np.ndarray]:
+  found = _parse_arrays(SAMPLES_SHAPE, data)
+  if "checkpoint" in found:
+    _check_checkpoint(str(found["checkpoint"]), results)
+  return found
+
+
+def _check_checkpoint(found: str, results: dict[str, Any] | None) -> None:
+  if results is not None and found != results["checkpoint"]:
+    raise ValueError("it is of another checkpoint than results.json")
 
 
 def _parse_arrays(
