@@ -3,11 +3,13 @@
 Every write is atomic: Orbax commits a step by renaming it, other files are
 written beside and renamed. A checkpoint carries a digest of every array, because
 a flipped bit restores as a wrong number without an error. A damaged step is
-stepped over, with a warning, in favour of the one before.
+stepped over, with a warning, in favour of the one before; one that the system does
+not let us read is an OSError, as it may be sound.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
 from typing import Any
 
@@ -128,7 +130,7 @@ class Checkpoints:
       try:
         return self._info(step)
       except Exception:  # `restore` will say so
-        continue
+        self._check_readable(step)
     return None
 
   def wait(self) -> None:
@@ -143,6 +145,7 @@ class Checkpoints:
       template: a state of the wanted structure, shapes and dtypes.
 
     Raises:
+      OSError: files of a step cannot be read.
       ValueError: there are steps, but not one can be restored, or they hold
         other arrays.
     """
@@ -172,6 +175,7 @@ class Checkpoints:
       except OtherArraysError:
         raise
       except Exception as error:  # damaged files raise anything
+        self._check_readable(step)
         reason = str(error).strip().split("\n")[0]
         logging.warning(
           "checkpoint %d in %s cannot be used (%s: %s)",
@@ -187,6 +191,25 @@ class Checkpoints:
         "a copy of the folder if there is one, or use another workdir to start over"
       )
     return None
+
+  def _check_readable(self, step: int) -> None:
+    """Raises OSError where files of a step cannot be read, damaged or not."""
+    if not files.is_local(self._folder):
+      return
+
+    def refuse(error):
+      if not isinstance(error, FileNotFoundError):
+        raise error
+
+    folder = self._folder / str(step)
+    for where, _, names in os.walk(folder, onerror=refuse):
+      for path in (os.path.join(where, name) for name in names):
+        try:
+          with os_errors.naming(path), open(path, "rb") as file:
+            while file.read(2**20):
+              pass
+        except OSError as error:
+          refuse(error)
 
   def _info(self, step: int) -> dict[str, Any]:
     info = self._manager.restore(
