@@ -48,6 +48,13 @@ def test_errors_without_a_path_get_one():
     raise ValueError("other")
 
 
+def test_a_name_relative_to_a_folder_is_joined_to_it():
+  for name, whole in {"c": "/a/b/c", b"c": "/a/b/c", "/d/c": "/d/c"}.items():
+    with pytest.raises(OSError, match="denied") as caught, os_errors.naming("/a/b"):
+      raise OSError(errno.EACCES, "denied", name)
+    assert caught.value.filename == whole
+
+
 def limited(workdir, code: str, limit: int) -> subprocess.CompletedProcess:
   """A command in which writing beyond a file size fails, as on a full disk."""
   script = f"""
@@ -85,6 +92,20 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
   assert len(done.stderr.splitlines()) == 1, done.stderr
   line = done.stderr
   assert line.startswith(f"error: {tmp_path}/checkpoints: {TOO_LARGE}; raise")
+  assert done.returncode == 1
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
+  code = """
+    checkpoints = Checkpoints(workdir, 2)
+    checkpoints.save(1, {"a": np.random.rand(10_000)}, {})
+    checkpoints.wait()
+  """
+  done = limited(tmp_path, code, limit=20_000)
+  assert len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.stderr.startswith(
+    f"error: {tmp_path}/checkpoints: {TOO_LARGE}; raise"
+  )
   assert done.returncode == 1
 
 

@@ -136,7 +136,8 @@ class Checkpoints:
   def wait(self) -> None:
     """Until every step that was saved is committed."""
     if self._manager is not None:
-      self._manager.wait_until_finished()
+      with os_errors.naming(self._folder):
+        self._manager.wait_until_finished()
 
   def restore(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
     """(state, info) of the latest sound step; None if there is no step at all.
