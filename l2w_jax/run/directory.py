@@ -2,9 +2,10 @@
 
 config.json, metrics.jsonl, results.json, scores.npz, samples.npz, latency.json.
 What cannot be used ends in one ValueError that names the file, what is wrong with
-it, and what writes it again; of metrics.jsonl, which nothing writes again, damaged
-lines are left out with a warning. Accuracy is a fraction in these files, cost in
-multiply-accumulates (MACs), losses in nats.
+it, and what writes it again, what the system does not let us read in an OSError; of
+metrics.jsonl, which nothing writes again, damaged lines are left out with a
+warning. Accuracy is a fraction in these files, cost in multiply-accumulates (MACs),
+losses in nats.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
 from l2w_jax import named
-from l2w_jax.run import files, schema
+from l2w_jax.run import files, os_errors, schema
 from l2w_jax.run.schema import (
   COUNT,
   FLAG,
@@ -241,7 +242,7 @@ def read_config(workdir: files.Path) -> ConfigDict:
     raise ValueError(
       f"workdir {workdir} does not exist; train one first with --mode=train"
     )
-  if not (workdir / "config.json").is_file():
+  if not (workdir / "config.json").exists():
     raise ValueError(
       f"workdir {workdir} holds no run (no config.json); train "
       "one first with --mode=train"
@@ -399,10 +400,12 @@ def _read(workdir: files.Path, name: str, parse: Callable[[bytes], Any]) -> Any:
     mode = "latency" if name == "latency.json" else "evaluate"
     advice = f"run `{command} --mode={mode}` first, which writes it"
   try:
-    return parse(path.read_bytes())
+    with os_errors.naming(path):
+      data = path.read_bytes()
+    return parse(data)
   except FileNotFoundError:
     raise ValueError(f"{path} is missing; {advice}") from None
-  except named.NotHere:  # the file is sound
+  except (OSError, named.NotHere):  # the file may be sound, or is
     raise
   except Exception as error:  # damaged files raise anything
     raise ValueError(f"cannot use {path}: {_one_line(error)}; {advice}") from error
