@@ -13,7 +13,7 @@ from l2w_jax import config as config_lib
 from l2w_jax.data import sources
 from l2w_jax.exits import early_exit
 from l2w_jax.results import evaluate
-from l2w_jax.run import directory
+from l2w_jax.run import config_of_run, directory
 from l2w_jax.training import checkpoint, identity
 from l2w_jax.training import loop as train
 
@@ -181,6 +181,47 @@ def test_the_command_restores_config_json_and_refuses_another(workdir):
   done = run_main("--mode=report", f"--workdir={workdir}")
   assert done.code == 0 and "restored from the checkpoint" in done.err
   assert (workdir / "config.json").exists()
+
+
+def test_a_key_is_changed_where_config_json_is_lost(workdir):
+  path = workdir / "config.json"
+  before = json.loads(path.read_text())
+  assert directory.config_of_checkpoints(workdir) == before
+  path.unlink()
+  change = [
+    "--mode=evaluate",
+    f"--workdir={workdir}",
+    "--config.evaluate.target=q:1",
+  ]
+  done = run_main(*change)
+  assert done.code == 0, done.err
+  before["evaluate"]["target"] = "q:1"
+  assert json.loads(path.read_text()) == before
+  path.write_text("{")
+  done = run_main(*change)
+  assert done.code == 2 and done.err.startswith(
+    f"error: cannot use {path}: Expecti"
+  )
+  path.unlink()
+  path.mkdir()
+  done = run_main(*change)
+  assert done.code == 1 and done.err.startswith(
+    f"error: {path}: Is a directory; a "
+  )
+
+
+def test_a_damaged_checkpoint_tells_no_config(workdir):
+  steps = sorted((workdir / "checkpoints").iterdir(), key=lambda x: int(x.name))
+  for step in steps[::-1]:
+    assert directory.config_of_checkpoints(workdir)["seed"] == 0
+    metadata = step / "info/metadata"
+    metadata.write_text(metadata.read_text().replace('"seed": 0', '"seed": 1'))
+  assert directory.config_of_checkpoints(workdir) is None
+  (workdir / "config.json").unlink()
+  with pytest.raises(
+    ValueError, match="no checkpoint tells .*; give --config=NAME"
+  ):
+    config_of_run.get_config(str(workdir))
 
 
 def test_lost_checkpoints_are_not_trained_anew(workdir, tiny_config, compilations):

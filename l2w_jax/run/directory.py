@@ -254,6 +254,25 @@ def read_config(workdir: files.Path) -> ConfigDict:
   )
 
 
+def config_of_checkpoints(workdir: files.Path) -> dict[str, Any] | None:
+  """The config that the latest checkpoint carries, read without JAX and Orbax.
+
+  None if there is no sound one, or all are of early versions, which carry none.
+  """
+  folder = workdir / "checkpoints"
+  steps = (
+    [x for x in folder.iterdir() if x.name.isdecimal()] if folder.is_dir() else []
+  )
+  for step in sorted(steps, key=lambda x: int(x.name), reverse=True):
+    try:
+      info = _parse_config((step / "info" / "metadata").read_bytes())
+      if info["digest"] == digest(info):
+        return info["identity"]["config"]
+    except (FileNotFoundError, KeyError, ValueError, RecursionError):
+      continue
+  return None
+
+
 def config_values(workdir: files.Path) -> dict[str, Any]:
   """What config.json holds, as it is.
 
