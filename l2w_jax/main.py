@@ -195,7 +195,7 @@ def _run(mode, workdir, config, own) -> None:
     if config is not None:
       identity.check_config(workdir, config)
     made_with = identity.read_config(workdir)
-    if config is not None and mode != "evaluate":
+    if mode != "evaluate":
       identity.check_choice(workdir, config)
     if config is None:
       config = made_with

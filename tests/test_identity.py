@@ -10,6 +10,7 @@ from conftest import TINY, run_main, tiny_flags
 from PIL import Image
 
 from l2w_jax import config as config_lib
+from l2w_jax import main
 from l2w_jax.data import sources
 from l2w_jax.exits import early_exit
 from l2w_jax.results import evaluate
@@ -275,6 +276,21 @@ def test_a_changed_target_is_evaluated_and_remembered(workdir):
     done = run_main(f"--mode={mode}", *flags)
     assert done.code == 2 and "evaluate.target is 'q:0.75' here" in done.err
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["report", "export", "latency"])
+def test_a_config_json_of_another_evaluation_is_named(workdir, mode, compilations):
+  path = workdir / "config.json"
+  values = json.loads(path.read_text())
+  values["evaluate"]["target"] = "q:1.5"
+  path.write_text(json.dumps(values))
+  with pytest.raises(
+    ValueError,
+    match="results.json was made with another config than that of config.json: "
+    "config.evaluate.target is 'q:1.5' here .*; run --mode=evaluate again$",
+  ):
+    main.run(mode, workdir, None)
+  assert not compilations()
 
 
 @pytest.mark.parametrize(

@@ -208,20 +208,28 @@ def is_evaluated(workdir: files.Path, config: ConfigDict, name: str) -> bool:
 
 
 def check_choice(
-  workdir: files.Path, config: ConfigDict, free: tuple[str, ...] = ()
+  workdir: files.Path, config: ConfigDict | None, free: tuple[str, ...] = ()
 ) -> None:
   """Raises ValueError if a run was evaluated with another config.evaluate.
 
   Args:
-    workdir, config: of the run.
+    workdir: of the run.
+    config: its config; None for that of its config.json.
     free: keys of it that may differ.
   """
-  changed = _chosen_otherwise(config, directory.read_results(workdir), free)
+  results = directory.read_results(workdir)
+  changed = _chosen_otherwise(
+    config or directory.read_config(workdir), results, free
+  )
   if changed:
+    of, advice = (
+      ("config", "with it first, or leave out --config")
+      if config
+      else ("config than that of config.json", "again")
+    )
     raise ValueError(
-      f"{workdir / 'results.json'} was made with another config: "
-      f"config.{changed[0]}; run --mode=evaluate with it first, or leave out "
-      "--config"
+      f"{workdir / 'results.json'} was made with another {of}: "
+      f"config.{changed[0]}; run --mode=evaluate {advice}"
     )
 
 
