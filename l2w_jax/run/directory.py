@@ -467,7 +467,8 @@ def _parse_metric(line: str, num_exits: int | None) -> dict[str, Any]:
 
 
 def _parse_scores(data: bytes, results: dict[str, Any] | None) -> dict[str, Any]:
-  found = _parse_arrays(SCORES_SHAPE, data, results and len(results["macs"]))
+  num_exits = len(results["macs"]) if results else None
+  found = _parse_arrays(SCORES_SHAPE, data, num_exits)
   about = json.loads(str(found["about"]))
   schema.check({name: RESULTS_SHAPE[name] for name in ABOUT}, about)
   _check_checkpoint(about["checkpoint"], results)

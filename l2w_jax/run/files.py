@@ -119,6 +119,7 @@ def target(path: Path) -> Path:
   """
   if not is_local(path):
     return path
+  path = pathlib.Path(path)
   with contextlib.suppress(FileNotFoundError):
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # `replace` names a folder
