@@ -268,7 +268,7 @@ def _print_latency(latency) -> None:
 
 def _main(arguments: list[str]) -> None:
   if arguments:
-    known = arguments[0] in FLAGS["mode"].parser.enum_values
+    known = arguments[0] in FLAGS["mode"].parser.enum_values  # ty: ignore[missing-attribute]
     raise ValueError(
       f"unexpected argument {arguments[0]!r}; "
       + (f"did you mean --mode={arguments[0]}?" if known else "flags begin with --")
