@@ -472,6 +472,7 @@ def export(workdir: files.Path, path: files.Path) -> None:
   """Writes the weights of a run directory as a released state_dict."""
   from l2w_jax.training import checkpoint, identity
 
+  files.target(path)  # told before anything is read
   config = identity.read_config(workdir)
   backbone = build_backbone(config, *_sizes(workdir, config))
   state, _ = checkpoint.restore(workdir, config, backbone)

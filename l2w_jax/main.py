@@ -144,19 +144,18 @@ def run(mode: str, workdir: files.Path, config, **own: str | None) -> None:
     return _run(mode, workdir, config, own)
   if mode == "predict":  # of what others may write meanwhile, it writes nothing
     out = files.path(own.get("out") or workdir / "predictions.csv")
+    place = files.target(out).parent
     if out.is_file() and not out.read_bytes().startswith(b"image,label,"):
       raise ValueError(
         f"--out={out} is there and no table of predictions, so it is not written "
         "over; name another file"
       )
-    if out.is_dir() or (files.is_local(out) and not out.parent.is_dir()):
-      what = (
-        "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-      )
+    if out.is_dir() or (files.is_local(out) and not place.is_dir()):
+      what = "it is a folder" if out.is_dir() else f"there is no folder {place}"
       raise ValueError(
         f"--out={out}: {what}; name a file in a folder that is there"
       )
-    os_errors.check_writable([out.parent])
+    os_errors.check_writable([place])
     return _predict(workdir, config, files.path(str(own["images"])), out)
   if parallel.is_writer():
     os_errors.check_writable([workdir / name for name in WRITTEN[mode]])
@@ -202,7 +201,7 @@ def _run(mode, workdir, config, own) -> None:
     if config is not None:
       identity.check_config(workdir, config)
     made_with = identity.read_config(workdir)
-    if config is not None and mode != "evaluate":
+    if mode != "evaluate":
       identity.check_choice(workdir, config)
     if config is None:
       config = made_with
@@ -277,7 +276,7 @@ def _print_latency(latency) -> None:
 
 def _main(arguments: list[str]) -> None:
   if arguments:
-    known = arguments[0] in FLAGS["mode"].parser.enum_values
+    known = arguments[0] in FLAGS["mode"].parser.enum_values  # ty: ignore[missing-attribute]
     raise ValueError(
       f"unexpected argument {arguments[0]!r}; "
       + (f"did you mean --mode={arguments[0]}?" if known else "flags begin with --")

@@ -174,6 +174,20 @@ def test_other_damage_is_stepped_over_too(three_steps, warnings, damage):
   assert len(warnings) == 1
 
 
+@pytest.mark.parametrize("name", ["info/metadata", "state/_METADATA"])
+def test_what_may_not_be_read_is_not_damaged(three_steps, warnings, name):
+  path = three_steps / "checkpoints/3" / name
+  path.unlink()
+  path.symlink_to(path)  # refused to root, too, as permissions are not
+  with pytest.raises(OSError, match="symbolic links") as error:
+    restore(three_steps)
+  assert error.value.filename == str(path) and not warnings
+  with checkpoint.Checkpoints(three_steps) as checkpoints:
+    if name == "info/metadata":
+      with pytest.raises(OSError, match="symbolic links"):
+        checkpoints.info()
+
+
 def test_none_usable_is_one_clear_error(three_steps, warnings):
   for step in (1, 2, 3):
     empty_directory(three_steps / f"checkpoints/{step}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import pathlib
 import re
 import shutil
 
 import numpy as np
 import pytest
+from conftest import run_main
 from test_report import make_workdir
 
 from l2w_jax import main
@@ -24,7 +28,7 @@ READERS = {
   "results.json": directory.read_results,
   "latency.json": directory.read_latency,
   "samples.npz": directory.read_samples,
-  "scores.npz": lambda workdir: directory.read_scores(workdir, 2),
+  "scores.npz": directory.read_scores,
 }
 ADVICE = {
   "config.json": "delete it: it is restored",
@@ -72,13 +76,36 @@ def test_what_is_no_such_file_at_all_is_one_line(workdir, name):
   ):
     path.write_bytes(data)
     refused(workdir, name)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_cannot_be_read_is_not_called_damaged(workdir, name):
+  path = workdir / name
   path.unlink()
   path.mkdir()
-  if name == "config.json":
-    with pytest.raises(ValueError, match="no run"):
-      READERS[name](workdir)
-  else:
-    refused(workdir, name)
+  with pytest.raises(IsADirectoryError) as error:
+    READERS[name](workdir)
+  assert error.value.filename == str(path)
+
+
+def test_a_disk_that_fails_is_told_with_the_path(workdir, monkeypatch):
+  def fail(path):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+  monkeypatch.setattr(pathlib.Path, "read_bytes", fail)
+  with pytest.raises(OSError, match="Input/output") as error:
+    directory.read_results(workdir)
+  assert error.value.filename == str(workdir / "results.json")
+
+
+def test_a_command_says_that_it_cannot_read(workdir):
+  (workdir / "results.json").unlink()
+  (workdir / "results.json").mkdir()
+  done = run_main("--mode=report", f"--workdir={workdir}")
+  assert done.code == 1 and done.err == (
+    f"error: {workdir}/results.json: Is a directory; a file is wanted there; move "
+    "the folder away\n"
+  )
 
 
 def put(values, key: str, value) -> None:
@@ -295,6 +322,40 @@ def test_a_comparison_names_what_is_damaged(workdir, caplog):
   np.savez(workdir / "scores.npz", **scores | {"about": "{}"})
   line = refused(workdir, "scores.npz", comparison.read_run)
   assert "its 'calibration_logits' has more than its 2 exits" in line
+
+
+def of_another_checkpoint(path) -> None:
+  with np.load(path) as file:
+    arrays = dict(file)
+  if "about" in arrays:
+    about = json.loads(str(arrays["about"])) | {"checkpoint": "other"}
+    arrays["about"] = np.array(json.dumps(about))
+  else:
+    arrays["checkpoint"] = np.array("other")
+  np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+  ("name", "use"),
+  [
+    ("scores.npz", early_exit.load),
+    ("scores.npz", comparison.read_run),
+    ("samples.npz", report.write_report),
+  ],
+)
+def test_what_is_of_another_checkpoint_is_refused(workdir, name, use):
+  of_another_checkpoint(workdir / name)
+  assert "of another checkpoint than results.json" in refused(workdir, name, use)
+
+
+def test_samples_of_early_versions_are_shown(workdir):
+  with np.load(workdir / "samples.npz") as file:
+    arrays = dict(file)
+  assert (
+    str(arrays.pop("checkpoint")) == directory.read_results(workdir)["checkpoint"]
+  )
+  np.savez(workdir / "samples.npz", **arrays)
+  assert report.write_report(workdir).exists()
 
 
 @pytest.mark.parametrize("data", ["[]", "null", "\x00", "{", "[" * 100_000])

@@ -3,16 +3,18 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import TINY, run_main, tiny_flags
 from PIL import Image
 
 from l2w_jax import config as config_lib
+from l2w_jax import main
 from l2w_jax.data import sources
 from l2w_jax.exits import early_exit
 from l2w_jax.results import evaluate
-from l2w_jax.run import directory
+from l2w_jax.run import config_of_run, directory
 from l2w_jax.training import checkpoint, identity
 from l2w_jax.training import loop as train
 
@@ -182,6 +184,61 @@ def test_the_command_restores_config_json_and_refuses_another(workdir):
   assert (workdir / "config.json").exists()
 
 
+def test_a_key_is_changed_where_config_json_is_lost(workdir):
+  path = workdir / "config.json"
+  before = json.loads(path.read_text())
+  assert directory.config_of_checkpoints(workdir) == before
+  path.unlink()
+  change = [
+    "--mode=evaluate",
+    f"--workdir={workdir}",
+    "--config.evaluate.target=q:1",
+  ]
+  done = run_main(*change)
+  assert done.code == 0, done.err
+  before["evaluate"]["target"] = "q:1"
+  assert json.loads(path.read_text()) == before
+  path.write_text("{")
+  done = run_main(*change)
+  assert done.code == 2 and done.err.startswith(
+    f"error: cannot use {path}: Expecti"
+  )
+  path.unlink()
+  path.mkdir()
+  done = run_main(*change)
+  assert done.code == 1 and done.err.startswith(
+    f"error: {path}: Is a directory; a "
+  )
+
+
+def test_a_damaged_checkpoint_tells_no_config(workdir):
+  steps = sorted((workdir / "checkpoints").iterdir(), key=lambda x: int(x.name))
+  for step in steps[::-1]:
+    assert directory.config_of_checkpoints(workdir)["seed"] == 0
+    metadata = step / "info/metadata"
+    metadata.write_text(metadata.read_text().replace('"seed": 0', '"seed": 1'))
+  assert directory.config_of_checkpoints(workdir) is None
+  (workdir / "config.json").unlink()
+  with pytest.raises(
+    ValueError, match="no checkpoint tells .*; give --config=NAME"
+  ):
+    config_of_run.get_config(str(workdir))
+
+
+def test_lost_checkpoints_are_not_trained_anew(workdir, tiny_config, compilations):
+  shutil.rmtree(workdir / "checkpoints")
+  before = (workdir / "metrics.jsonl").read_bytes()
+  with pytest.raises(
+    ValueError, match="holds results.json but no checkpoint; bring"
+  ):
+    train.train(workdir, tiny_config)
+  assert (workdir / "metrics.jsonl").read_bytes() == before and not compilations()
+  assert not (workdir / "checkpoints").exists()
+  # As of a run that was killed before its first checkpoint.
+  (workdir / "results.json").unlink()
+  identity.check_not_lost(workdir)
+
+
 def test_checkpoints_of_early_versions_are_read_with_a_note(run, caplog):
   workdir, root = run
   with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
@@ -221,6 +278,21 @@ def test_a_changed_target_is_evaluated_and_remembered(workdir):
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("mode", ["report", "export", "latency"])
+def test_a_config_json_of_another_evaluation_is_named(workdir, mode, compilations):
+  path = workdir / "config.json"
+  values = json.loads(path.read_text())
+  values["evaluate"]["target"] = "q:1.5"
+  path.write_text(json.dumps(values))
+  with pytest.raises(
+    ValueError,
+    match="results.json was made with another config than that of config.json: "
+    "config.evaluate.target is 'q:1.5' here .*; run --mode=evaluate again$",
+  ):
+    main.run(mode, workdir, None)
+  assert not compilations()
+
+
 @pytest.mark.parametrize(
   ("key", "value", "shapes"),
   [
@@ -245,6 +317,42 @@ def test_results_of_other_weights_are_refused(workdir):
   directory.write_results(workdir, results | {"checkpoint": "other"})
   with pytest.raises(ValueError, match="of other weights .*--mode=evaluate again"):
     early_exit.load(workdir)
+
+
+OTHER_RANDOM = {
+  "jax_default_prng_impl": ("threefry2x32", "rbg"),
+  "jax_threefry_partitionable": (1, 0),
+  "jax_random_seed_offset": (0, 7),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RANDOM)
+def test_other_random_settings_of_jax_are_named(run, name):
+  workdir, root = run
+  then, now = OTHER_RANDOM[name]
+  jax.config.update(name, type(getattr(jax.config, name))(now))
+  try:
+    identity.open_data(workdir, config_of(root))  # to evaluate
+    with pytest.raises(
+      ValueError, match="its seed would draw other numbers"
+    ) as error:
+      identity.open_data(workdir, config_of(root), num_devices=1)
+  finally:
+    jax.config.update(name, type(getattr(jax.config, name))(then))
+  name = name.upper()
+  assert f"was trained with {name}={then}, and here it is {name}={now}: " in str(
+    error.value
+  )
+  identity.open_data(workdir, config_of(root), num_devices=1)
+
+
+def test_what_early_versions_did_not_save_is_not_compared(run):
+  workdir, root = run
+  _, made_of = identity.open_data(workdir, config_of(root))
+  del made_of["jax"]
+  with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(0, {"step": np.int32(0)}, {"identity": made_of})
+  identity.open_data(workdir, config_of(root), num_devices=1)
 
 
 @pytest.mark.parametrize("trained_in_x64", [False, True])

@@ -48,6 +48,13 @@ def test_errors_without_a_path_get_one():
     raise ValueError("other")
 
 
+def test_a_name_relative_to_a_folder_is_joined_to_it():
+  for name, whole in {"c": "/a/b/c", b"c": "/a/b/c", "/d/c": "/d/c"}.items():
+    with pytest.raises(OSError, match="denied") as caught, os_errors.naming("/a/b"):
+      raise OSError(errno.EACCES, "denied", name)
+    assert caught.value.filename == whole
+
+
 def limited(workdir, code: str, limit: int) -> subprocess.CompletedProcess:
   """A command in which writing beyond a file size fails, as on a full disk."""
   script = f"""
@@ -88,6 +95,20 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
   assert done.returncode == 1
 
 
+def test_a_last_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
+  code = """
+    checkpoints = Checkpoints(workdir, 2)
+    checkpoints.save(1, {"a": np.random.rand(10_000)}, {})
+    checkpoints.wait()
+  """
+  done = limited(tmp_path, code, limit=20_000)
+  assert len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.stderr.startswith(
+    f"error: {tmp_path}/checkpoints: {TOO_LARGE}; raise"
+  )
+  assert done.returncode == 1
+
+
 def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):
   code = """
     with MetricsLog(workdir) as log:
@@ -115,6 +136,26 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_other(tmp_path)
   assert line.startswith(f"error: {tmp_path}/results.json: {TOO_LARGE}; raise")
   assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
   assert (tmp_path / "results.json").read_text() == "old"
+
+
+def test_a_link_is_followed_and_what_is_no_file_is_left_alone(tmp_path):
+  (tmp_path / "there").mkdir()
+  real, link, pipe = (tmp_path / x for x in ("there/real", "link", "pipe"))
+  link.symlink_to("there/real")
+  for data in ("new", "newer"):
+    files.write(link, data)
+    assert link.is_symlink() and real.read_text() == data
+  os.mkfifo(pipe)
+  real.unlink()
+  real.symlink_to(pipe)
+  for path in (pipe, link):
+    with pytest.raises(ValueError, match=f"{path} is there and no regular file; "):
+      files.write(path, "data")
+    assert pipe.is_fifo()
+  link.unlink()
+  link.symlink_to(link)
+  with pytest.raises(OSError, match="symbolic links"):
+    files.write(link, "data")
 
 
 @pytest.mark.parametrize("place", ["/dev/full", None])

@@ -152,6 +152,15 @@ def test_only_a_table_of_predictions_is_written_over(finished, array, tmp_path):
   assert len(rows_of(table)) == 70
 
 
+def test_a_pipe_is_refused_before_anything_compiles(
+  finished, array, tmp_path, compilations
+):
+  os.mkfifo(tmp_path / "out.csv")
+  with pytest.raises(ValueError, match="out.csv is there and no regular file"):
+    run(finished, array, tmp_path / "out.csv")
+  assert not compilations()
+
+
 def test_the_table_is_in_the_run_if_nothing_is_said(finished, array, monkeypatch):
   written = []
   monkeypatch.setattr(

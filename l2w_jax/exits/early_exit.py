@@ -580,7 +580,7 @@ def load(workdir: str | os.PathLike, target: str | None = None) -> EarlyExit:
       f"{workdir / 'results.json'} is of other weights than the latest checkpoint; "
       "run --mode=evaluate again"
     )
-  scores = directory.read_scores(workdir, backbone.num_exits)
+  scores = directory.read_scores(workdir, results)
   network = EarlyExit(
     backbone,
     jax.device_get(state.variables),

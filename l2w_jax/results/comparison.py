@@ -85,7 +85,7 @@ def read_run(workdir: files.Path) -> Run:
   results = directory.read_results(workdir)
   num_exits = len(results["macs"])
   metrics = directory.read_metrics(workdir, num_exits)
-  scores = directory.read_scores(workdir, num_exits)
+  scores = directory.read_scores(workdir, results)
   at_q = min(
     results["budgeted"], key=lambda entry: abs(drawing.point_of(entry)[1] - AT_Q)
   )

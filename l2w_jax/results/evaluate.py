@@ -194,7 +194,9 @@ def _score(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
     start = init_wpn(split_seed(config.seed).init, config, backbone.num_exits)
     about["wpn_distance"] = diagnostics.relative_error(state.wpn_params, start)
   if parallel.is_writer():
-    _write_samples(workdir, dataset, calibration, test, backbone.macs, config)
+    _write_samples(
+      workdir, dataset, calibration, test, backbone.macs, config, info["checkpoint"]
+    )
     files.write_arrays(workdir / "scores.npz", about=json.dumps(about), **arrays)
   return {"about": about, **arrays}
 
@@ -243,6 +245,7 @@ def _write_samples(
   test: Scores,
   macs: np.ndarray,
   config: ConfigDict,
+  checkpoint: str,
 ) -> None:
   """samples.npz: test images with the exit each takes at one budget."""
   thresholds = exit_targets.for_budgets(
@@ -266,4 +269,5 @@ def _write_samples(
     confidence=test.confidence[at_exit],
     q=SAMPLES_AT_Q,
     class_names=np.array(dataset.class_names),
+    checkpoint=checkpoint,
   )

@@ -63,7 +63,7 @@ def write_report(
   results = directory.read_results(workdir)
   num_exits = len(results["macs"])
   metrics = directory.read_metrics(workdir, num_exits)
-  samples = directory.read_samples(workdir)
+  samples = directory.read_samples(workdir, results)
   latency = _latency_of(workdir, results)
   drawn = {
     "curves": figures.draw_curves(results),

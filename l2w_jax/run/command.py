@@ -117,7 +117,9 @@ def _parse(argv: list[str]) -> list[str]:
     if not error.flagname.removeprefix("no").startswith("config."):
       _fail(error)
     _fail(_unknown_key(argv) or _no_config(error))
-  except (flags.Error, OSError, TypeError, ValueError) as error:
+  except OSError as error:  # without a number: config files that cannot be run
+    _fail(error, code=2 if error.errno is None else 1)
+  except (flags.Error, TypeError, ValueError) as error:
     _fail(error)
 
 
@@ -145,7 +147,9 @@ def _with_config(argv: list[str]) -> list[str]:
     read.append(word)
   workdir = given.pop("workdir", "")
   if given and "config" not in given and workdir:
-    if (files.path(workdir) / "config.json").exists():
+    path = files.path(workdir)
+    if any((path / name).exists() for name in ("config.json", "checkpoints")):
+      config_of_run.get_config(workdir)  # raises now, as above
       read.insert(1, f"--config={config_of_run.__file__}:{workdir}")
   return read
 

@@ -2,9 +2,10 @@
 
 config.json, metrics.jsonl, results.json, scores.npz, samples.npz, latency.json.
 What cannot be used ends in one ValueError that names the file, what is wrong with
-it, and what writes it again; of metrics.jsonl, which nothing writes again, damaged
-lines are left out with a warning. Accuracy is a fraction in these files, cost in
-multiply-accumulates (MACs), losses in nats.
+it, and what writes it again, what the system does not let us read in an OSError; of
+metrics.jsonl, which nothing writes again, damaged lines are left out with a
+warning. Accuracy is a fraction in these files, cost in multiply-accumulates (MACs),
+losses in nats.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 
 from l2w_jax import config as config_lib
 from l2w_jax import named
-from l2w_jax.run import files, schema
+from l2w_jax.run import files, os_errors, schema
 from l2w_jax.run.schema import (
   COUNT,
   FLAG,
@@ -173,6 +174,7 @@ METRIC_SHAPES = {
 }
 _KINDS = "one of " + ", ".join(METRIC_SHAPES)
 SAMPLES_SHAPE = {
+  "checkpoint?": Array("U", ""),  # early versions did not write it
   "class_names": Array("U", "classes"),
   "images": Array("u", "samples height width channels"),
   "labels": Array("iu", "samples", below="classes"),
@@ -242,7 +244,7 @@ def read_config(workdir: files.Path) -> ConfigDict:
     raise ValueError(
       f"workdir {workdir} does not exist; train one first with --mode=train"
     )
-  if not (workdir / "config.json").is_file():
+  if not (workdir / "config.json").exists():
     raise ValueError(
       f"workdir {workdir} holds no run (no config.json); train "
       "one first with --mode=train"
@@ -252,6 +254,25 @@ def read_config(workdir: files.Path) -> ConfigDict:
     "config.json",
     lambda data: config_lib.validate(config_lib.from_dict(_parse_config(data))),
   )
+
+
+def config_of_checkpoints(workdir: files.Path) -> dict[str, Any] | None:
+  """The config that the latest checkpoint carries, read without JAX and Orbax.
+
+  None if there is no sound one, or all are of early versions, which carry none.
+  """
+  folder = workdir / "checkpoints"
+  steps = (
+    [x for x in folder.iterdir() if x.name.isdecimal()] if folder.is_dir() else []
+  )
+  for step in sorted(steps, key=lambda x: int(x.name), reverse=True):
+    try:
+      info = _parse_config((step / "info" / "metadata").read_bytes())
+      if info["digest"] == digest(info):
+        return info["identity"]["config"]
+    except (FileNotFoundError, KeyError, ValueError, RecursionError):
+      continue
+  return None
 
 
 def config_values(workdir: files.Path) -> dict[str, Any]:
@@ -351,30 +372,28 @@ def metric_lines(
 
 
 def read_scores(
-  workdir: files.Path, num_exits: int | None = None
+  workdir: files.Path, results: dict[str, Any] | None = None
 ) -> dict[str, Any]:
   """What scores.npz holds; "about" as a dict.
 
   Args:
     workdir: of the run.
-    num_exits: of its network; None if not known.
+    results: what results.json holds, which it must be of; None if not known.
 
   Raises:
-    ValueError: it is missing or broken, or of another network.
+    ValueError: it is missing or broken, or of another network or checkpoint.
   """
   return _read(
-    workdir, "scores.npz", functools.partial(_parse_scores, num_exits=num_exits)
+    workdir, "scores.npz", functools.partial(_parse_scores, results=results)
   )
 
 
-def read_samples(workdir: files.Path) -> dict[str, np.ndarray]:
-  """What samples.npz holds.
-
-  Raises:
-    ValueError: it is missing or broken.
-  """
+def read_samples(
+  workdir: files.Path, results: dict[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+  """What samples.npz holds; see `read_scores`."""
   return _read(
-    workdir, "samples.npz", functools.partial(_parse_arrays, SAMPLES_SHAPE)
+    workdir, "samples.npz", functools.partial(_parse_samples, results=results)
   )
 
 
@@ -411,10 +430,12 @@ def _read(workdir: files.Path, name: str, parse: Callable[[bytes], Any]) -> Any:
     mode = "latency" if name == "latency.json" else "evaluate"
     advice = f"run `{command} --mode={mode}` first, which writes it"
   try:
-    return parse(path.read_bytes())
+    with os_errors.naming(path):
+      data = path.read_bytes()
+    return parse(data)
   except FileNotFoundError:
     raise ValueError(f"{path} is missing; {advice}") from None
-  except named.NotHere:  # the file is sound
+  except (OSError, named.NotHere):  # the file may be sound, or is
     raise
   except Exception as error:  # damaged files raise anything
     raise ValueError(f"cannot use {path}: {_one_line(error)}; {advice}") from error
@@ -456,11 +477,27 @@ def _parse_metric(line: str, num_exits: int | None) -> dict[str, Any]:
   return entry
 
 
-def _parse_scores(data: bytes, num_exits: int | None) -> dict[str, Any]:
+def _parse_scores(data: bytes, results: dict[str, Any] | None) -> dict[str, Any]:
+  num_exits = len(results["macs"]) if results else None
   found = _parse_arrays(SCORES_SHAPE, data, num_exits)
   about = json.loads(str(found["about"]))
   schema.check({name: RESULTS_SHAPE[name] for name in ABOUT}, about)
+  _check_checkpoint(about["checkpoint"], results)
   return found | {"about": about}
+
+
+def _parse_samples(
+  data: bytes, results: dict[str, Any] | None
+) -> dict[str, np.ndarray]:
+  found = _parse_arrays(SAMPLES_SHAPE, data)
+  if "checkpoint" in found:
+    _check_checkpoint(str(found["checkpoint"]), results)
+  return found
+
+
+def _check_checkpoint(found: str, results: dict[str, Any] | None) -> None:
+  if results is not None and found != results["checkpoint"]:
+    raise ValueError("it is of another checkpoint than results.json")
 
 
 def _parse_arrays(

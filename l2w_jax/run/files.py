@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator
 from typing import Any
@@ -110,9 +111,26 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
+def target(path: Path) -> Path:
+  """What `write` replaces: the file that a link leads to, or the path itself.
+
+  Raises:
+    ValueError: a device, a pipe or a socket is there.
+  """
+  if not is_local(path):
+    return path
+  path = pathlib.Path(path)
+  with contextlib.suppress(FileNotFoundError):
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # `replace` names a folder
+      raise ValueError(f"{path} is there and no regular file; name another")
+  return pathlib.Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def write(path: Path, data: str | bytes) -> None:
-  """Replaces a file by `data`, text in UTF-8."""
+  """Replaces a file by `data`, text in UTF-8; see `target`."""
   data = data.encode() if isinstance(data, str) else data
+  path = target(path)
   if not is_local(path):
     path.write_bytes(data)
     return

@@ -49,12 +49,16 @@ def naming(path: object) -> Generator[None, None, None]:
   """Errors inside name `path` where they name none, as those of a write do not.
 
   Also what Orbax and TensorStore make a ValueError of becomes an OSError again.
+  A relative name, as `shutil.rmtree` may give, is joined to `path` if that is
+  absolute.
   """
   try:
     yield
   except OSError as error:
     if error.filename is None and error.errno is not None:
       error.filename = str(path)
+    elif isinstance(error.filename, str | bytes) and os.path.isabs(str(path)):
+      error.filename = os.path.join(str(path), os.fsdecode(error.filename))
     raise
   except Exception as error:
     code = _CODE.search(str(error))

@@ -3,11 +3,13 @@
 Every write is atomic: Orbax commits a step by renaming it, other files are
 written beside and renamed. A checkpoint carries a digest of every array, because
 a flipped bit restores as a wrong number without an error. A damaged step is
-stepped over, with a warning, in favour of the one before.
+stepped over, with a warning, in favour of the one before; one that the system does
+not let us read is an OSError, as it may be sound.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
 from typing import Any
 
@@ -124,17 +126,18 @@ class Checkpoints:
 
   def info(self) -> dict[str, Any] | None:
     """What was saved beside the state of the latest step that tells."""
-    for step in self._steps():
+    for step in self.steps():
       try:
         return self._info(step)
       except Exception:  # `restore` will say so
-        continue
+        self._check_readable(step)
     return None
 
   def wait(self) -> None:
     """Until every step that was saved is committed."""
     if self._manager is not None:
-      self._manager.wait_until_finished()
+      with os_errors.naming(self._folder):
+        self._manager.wait_until_finished()
 
   def restore(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
     """(state, info) of the latest sound step; None if there is no step at all.
@@ -143,6 +146,7 @@ class Checkpoints:
       template: a state of the wanted structure, shapes and dtypes.
 
     Raises:
+      OSError: files of a step cannot be read.
       ValueError: there are steps, but not one can be restored, or they hold
         other arrays.
     """
@@ -160,18 +164,19 @@ class Checkpoints:
     )
     return parallel.arrays_from_writer(state), info
 
-  def _steps(self) -> list[int]:
-    """From the latest on."""
+  def steps(self) -> list[int]:
+    """Those that there are, from the latest on."""
     return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
 
   def _latest(self, template):
     reason = ""
-    for step in self._steps():
+    for step in self.steps():
       try:
         return self._restore(step, template)
       except OtherArraysError:
         raise
       except Exception as error:  # damaged files raise anything
+        self._check_readable(step)
         reason = str(error).strip().split("\n")[0]
         logging.warning(
           "checkpoint %d in %s cannot be used (%s: %s)",
@@ -183,10 +188,29 @@ class Checkpoints:
     if reason:
       raise ValueError(
         f"no checkpoint in {self._folder} can be restored (tried "
-        f"{', '.join(map(str, self._steps()))}; of the last: {reason}); bring back "
+        f"{', '.join(map(str, self.steps()))}; of the last: {reason}); bring back "
         "a copy of the folder if there is one, or use another workdir to start over"
       )
     return None
+
+  def _check_readable(self, step: int) -> None:
+    """Raises OSError where files of a step cannot be read, damaged or not."""
+    if not files.is_local(self._folder):
+      return
+
+    def refuse(error):
+      if not isinstance(error, FileNotFoundError):
+        raise error
+
+    folder = self._folder / str(step)
+    for where, _, names in os.walk(folder, onerror=refuse):
+      for path in (os.path.join(where, name) for name in names):
+        try:
+          with os_errors.naming(path), open(path, "rb") as file:
+            while file.read(2**20):
+              pass
+        except OSError as error:
+          refuse(error)
 
   def _info(self, step: int) -> dict[str, Any]:
     info = self._manager.restore(

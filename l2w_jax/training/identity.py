@@ -1,12 +1,13 @@
 """Which run a directory holds: the config and the data of its checkpoints.
 
-    identity = {"config": every key, "data": `fingerprint` of the images}
+    identity = {"config": every key, "data": `fingerprint` of the images,
+                "jax": what its random numbers follow from}
 
 Every checkpoint carries it, under a digest. Whoever goes on with a run is compared
 with it and refused in one line that says what differs, before anything compiles.
 Images may move: what they are counts, not where they lie. Weights from elsewhere
-have "data": None, and checkpoints of early versions no identity at all; then
-that much is not compared, and a warning says so.
+have "data": None, and checkpoints of early versions no "jax" or no identity at all;
+then that much is not compared, and a warning says so of the data.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ FREE_KEYS = (
 
 # Keys of config.evaluate that results.json does not follow from.
 NOT_IN_RESULTS = ("batch", "every")
+
+# Settings of JAX that decide what a seed stands for.
+RANDOM = (
+  "jax_default_prng_impl",
+  "jax_threefry_partitionable",
+  "jax_random_seed_offset",
+)
 
 Identity = dict[str, Any]
 
@@ -137,6 +145,9 @@ def open_data(
   """
   made_with = parallel.from_writer(read(workdir) if parallel.is_writer() else None)
   _check_config(workdir, made_with, config, num_devices)
+  settings = {name: getattr(jax.config, name) for name in RANDOM}
+  if made_with and num_devices is not None:
+    _check_random(workdir, made_with.get("jax", settings), settings)
   dataset = sources.load(config.data)
   data = fingerprint(dataset)
   of_first = parallel.from_writer(data)
@@ -153,7 +164,22 @@ def open_data(
       "workdir"
     )
   values = directory.as_trained(config, num_devices)
-  return dataset, {"config": values, "data": data}
+  return dataset, {"config": values, "data": data, "jax": settings}
+
+
+def check_not_lost(workdir: files.Path) -> None:
+  """Raises ValueError if a run has results, which are of a checkpoint, and none.
+
+  A run that lost its checkpoints before it was evaluated is not told from one
+  that was killed before its first: lines of metrics.jsonl may come before that.
+  """
+  if (workdir / "results.json").exists():
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+      if not checkpoints.steps():
+        raise ValueError(
+          f"workdir {workdir} holds results.json but no checkpoint; bring back "
+          f"{workdir / 'checkpoints'}, or use another workdir to start over"
+        )
 
 
 def remember(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
@@ -186,20 +212,28 @@ def is_evaluated(workdir: files.Path, config: ConfigDict, name: str) -> bool:
 
 
 def check_choice(
-  workdir: files.Path, config: ConfigDict, free: tuple[str, ...] = ()
+  workdir: files.Path, config: ConfigDict | None, free: tuple[str, ...] = ()
 ) -> None:
   """Raises ValueError if a run was evaluated with another config.evaluate.
 
   Args:
-    workdir, config: of the run.
+    workdir: of the run.
+    config: its config; None for that of its config.json.
     free: keys of it that may differ.
   """
-  changed = _chosen_otherwise(config, directory.read_results(workdir), free)
+  results = directory.read_results(workdir)
+  changed = _chosen_otherwise(
+    config or directory.read_config(workdir), results, free
+  )
   if changed:
+    of, advice = (
+      ("config", "with it first, or leave out --config")
+      if config
+      else ("config than that of config.json", "again")
+    )
     raise ValueError(
-      f"{workdir / 'results.json'} was made with another config: "
-      f"config.{changed[0]}; run --mode=evaluate with it first, or leave out "
-      "--config"
+      f"{workdir / 'results.json'} was made with another {of}: "
+      f"config.{changed[0]}; run --mode=evaluate {advice}"
     )
 
 
@@ -230,6 +264,25 @@ def _check_config(workdir, made_with, config, num_devices, more_free=()) -> None
       f"result where config.sync is local, and now there are {num_devices}; set "
       f"config.num_devices={trained_on} to resume, or use another workdir"
     )
+
+
+def _check_random(workdir, trained_with, settings) -> None:
+  """Raises ValueError where the same seed would draw other numbers than before."""
+  other = [name for name in trained_with if settings[name] != trained_with[name]]
+  if other:
+    then, now = (
+      ", ".join(f"{name.upper()}={_in_shell(x[name])}" for name in other)
+      for x in (trained_with, settings)
+    )
+    raise ValueError(
+      f"workdir {workdir} was trained with {then}, and here it is {now}: its seed "
+      "would draw other numbers; set what it was trained with to resume, or use "
+      "another workdir"
+    )
+
+
+def _in_shell(value: Any) -> Any:
+  return int(value) if isinstance(value, bool) else value
 
 
 def _changed(

@@ -134,6 +134,8 @@ def train(workdir: str | os.PathLike, config: ConfigDict) -> bool:
     config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1
   )
   parallel.check_batch(config.batch, num_devices, config.microbatches * unrolled)
+  if parallel.is_writer():
+    identity.check_not_lost(workdir)
   dataset, made_of = identity.open_data(workdir, config, num_devices)
   backbone = models.build_backbone(
     config.model, dataset.num_classes, dataset.image_shape
