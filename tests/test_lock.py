@@ -151,6 +151,7 @@ def test_a_run_keeps_its_lock_while_it_is_written(tmp_path, monkeypatch):
   seen = []
   monkeypatch.setattr(main, "_run", lambda *_: seen.append(os.listdir(tmp_path)))
   main.run("report", tmp_path, None)
-  main.run("report", tmp_path / "missing", None)
-  assert lock.NAME in seen[0] and lock.NAME not in seen[1]
+  with pytest.raises(ValueError, match="missing does not exist"):
+    main.run("report", tmp_path / "missing", None)
+  assert len(seen) == 1 and lock.NAME in seen[0]
   assert os.listdir(tmp_path) == ["config.json"]

@@ -145,7 +145,7 @@ def open_data(
   """
   made_with = parallel.from_writer(read(workdir) if parallel.is_writer() else None)
   _check_config(workdir, made_with, config, num_devices)
-  settings = {name: getattr(jax.config, name) for name in RANDOM}
+  settings = {name: getattr(jax.config, name, None) for name in RANDOM}
   if made_with and num_devices is not None:
     _check_random(workdir, made_with.get("jax", settings), settings)
   dataset = sources.load(config.data)
