@@ -361,6 +361,15 @@ def test_images_too_small_for_the_scales(tmp_path, compilations):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_cost_below_the_first_exit_is_told_before_training(tmp_path, tiny_config):
+  tiny_config.evaluate.target = "macs:10"
+  with pytest.raises(
+    ValueError, match="at most 10 MACs on average: the nearest is"
+  ):
+    main.run("all", tmp_path / "run", tiny_config)
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_batch_must_split_over_devices_too(tmp_path, tiny_config, monkeypatch):
   monkeypatch.setattr(parallel, "count_devices", lambda wanted: 3)
   with pytest.raises(ValueError, match="on 3 .* a multiple of 6, such as 126"):

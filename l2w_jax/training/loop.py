@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,8 +117,31 @@ class Step:
     return state.replace(step=self._next(state.step)), (one, two)
 
 
-def train(workdir: str | os.PathLike, config: ConfigDict) -> bool:
+def check(config: ConfigDict) -> int:
+  """How many devices train a config, which fits all that shows without its data.
+
+  Raises:
+    ValueError: its batch, devices or rule do not, before anything is opened.
+  """
+  num_devices = parallel.count_devices(config.num_devices)
+  unrolled = (
+    config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1
+  )
+  parallel.check_batch(config.batch, num_devices, config.microbatches * unrolled)
+  config_lib.check_rule(config)
+  return num_devices
+
+
+def train(
+  workdir: str | os.PathLike,
+  config: ConfigDict,
+  check_backbone: Callable[[Backbone], None] = lambda _: None,
+) -> bool:
   """Trains to the last epoch, from the latest checkpoint if there is one.
+
+  Args:
+    workdir, config: of the run.
+    check_backbone: raises ValueError if the network is not what is wanted.
 
   Returns:
     False if the run had already finished.
@@ -129,16 +153,13 @@ def train(workdir: str | os.PathLike, config: ConfigDict) -> bool:
     SystemExit: a signal asked to stop, and all is saved.
   """
   workdir = files.path(workdir)
-  num_devices = parallel.count_devices(config.num_devices)
-  unrolled = (
-    config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1
-  )
-  parallel.check_batch(config.batch, num_devices, config.microbatches * unrolled)
+  num_devices = check(config)
   dataset, made_of = identity.open_data(workdir, config, num_devices)
   backbone = models.build_backbone(
     config.model, dataset.num_classes, dataset.image_shape
   )
   config_lib.check_method(config, backbone.num_exits)
+  check_backbone(backbone)
   loop = _Loop(workdir, config, dataset, backbone, num_devices, made_of)
   if parallel.is_writer():
     files.make_folder(workdir)
