@@ -38,6 +38,7 @@ def install() -> None:
   global _installed
   if not _installed:
     _installed = True
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
       sys.stdout.reconfigure(line_buffering=True)  # `_leave` flushes nothing
     reader, writer = os.pipe()
@@ -49,6 +50,20 @@ def install() -> None:
         signal.signal(number, lambda *_: None)  # writes to the pipe all the same
         signal.siginterrupt(number, False)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _open_streams() -> None:
+  """Standard streams that are closed, as 2>&- has them, lead nowhere instead.
+
+  Else the next file that is opened would take their place, and their messages.
+  """
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    try:
+      os.fstat(number)
+    except OSError:  # the lowest that is free is this one
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
 def block() -> None:
