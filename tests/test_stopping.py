@@ -11,6 +11,7 @@ from conftest import ROOT
 from l2w_jax.run import stopping
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+SIGNALS += [(signal.SIGUSR1, 138), (signal.SIGUSR2, 140), (signal.SIGXCPU, 152)]
 # Neither waits nor goes on where an exception would say so.
 DEAF = """
 print("ready", flush=True)

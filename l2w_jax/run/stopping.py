@@ -1,4 +1,5 @@
-"""Signals that ask a command to stop: SIGTERM, SIGINT (Ctrl-C) and SIGHUP.
+"""Signals that ask a command to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP, and those
+that batch systems send before time is over: SIGUSR1, SIGUSR2 and SIGXCPU.
 
 While steps are trained, a signal only sets a flag, which the loop reads after every
 step. Anywhere else the same command makes again whatever is lost, and so it leaves
@@ -20,7 +21,11 @@ import threading
 import time
 from collections.abc import Generator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = tuple(
+  getattr(signal, name)
+  for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+  if hasattr(signal, name)
+)
 TOGETHER = 0.05  # seconds in which several count as one: systemd sends two at once
 
 _lock = threading.Lock()
@@ -90,7 +95,7 @@ def asked() -> int:
 
 
 def exit_code(number: int) -> int:
-  """Of a command that a signal stopped, as shells have it: 143, 130 or 129."""
+  """Of a command that a signal stopped, as shells have it: 143 for SIGTERM."""
   return 128 + number
 
 
