@@ -1,5 +1,6 @@
-"""Signals that ask a command to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP, and those
-that batch systems send before time is over: SIGUSR1, SIGUSR2 and SIGXCPU.
+"""Signals that ask a command to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP and others.
+
+SIGUSR1, SIGUSR2 and SIGXCPU are what batch systems send before time is over.
 
 While steps are trained, a signal only sets a flag, which the loop reads after every
 step. Anywhere else the same command makes again whatever is lost, and so it leaves
