@@ -313,7 +313,9 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
   path.write_text("def get_config():\n  raise ValueError('no such set')\n")
   command = run_main(f"--config={path}", f"--workdir={tmp_path / 'run'}")
   assert command.code == 2
-  assert command.err.splitlines() == ["error: ValueError: no such set"]
+  assert command.err.splitlines() == [
+    f"error: {path}, line 2: ValueError: no such set"
+  ]
   path.write_text(
     "from l2w_jax import config\ndef get_config():\n"
     "  c = config.defaults()\n  c.epoch = 3\n  return c\n"
@@ -322,7 +324,7 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
   assert command.code == 2
   (line,) = command.err.splitlines()
   assert line.endswith('Did you mean "epochs" instead of "epoch"?')
-  assert len(line) < 200
+  assert len(line) < 250 and line.startswith(f"error: {path}, line 4: Attribute")
 
 
 @pytest.mark.parametrize(

@@ -191,5 +191,6 @@ def _one_line(error: Exception) -> str:
   if isinstance(error, OSError) or "Traceback" in message:
     # Config files that cannot be read or run: the cause comes last.
     message = message.strip().splitlines()[-1]
-    message = re.sub(r"^l2w_jax\.[\w.]+: ", "", message)  # an error of our own
+    # An error of our own.
+    message = re.sub(r"^(l2w_jax\.[\w.]+|ValueError): ", "", message)
   return " ".join(message.split())
