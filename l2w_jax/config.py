@@ -769,8 +769,8 @@ def _failure(file: pathlib.Path, error: BaseException) -> str:
     lines = [error.lineno] if error.filename == path else lines
     words = error.msg
   # ConfigDict quotes its words, and adds every other key, with its value.
-  if isinstance(error, AttributeError | KeyError):
-    words = words.strip("'\"")
+  if isinstance(error, AttributeError | KeyError) and words[:1] in ("'", '"'):
+    words = words.strip(words[0])
   words = re.sub(
     "Other fields present: .*?(?=Did you mean|$)", "", words, flags=re.S
   )
