@@ -236,3 +236,22 @@ with command.one_line_errors():
   assert "one of many" not in done.stderr and "is closed" not in done.stderr
   assert "RuntimeError: something else" in done.stderr
   assert done.stderr.splitlines()[-1] == "error: the one that counts"
+
+
+@pytest.mark.parametrize(
+  "words, says", [("", "close other programs, or take"), ("of it", "of it")]
+)
+def test_memory_that_is_not_there_is_one_line(words, says):
+  code = (
+    "from l2w_jax.run import command\n"
+    f"with command.one_line_errors(): raise MemoryError({words!r})"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.stderr.startswith(f"error: not enough memory: {says}")
+  assert done.returncode == 1 and done.stderr.count("\n") == 1
