@@ -87,7 +87,7 @@ WRITTEN = {
   "evaluate": ("",),
   "report": ("report",),
   "latency": ("", "report"),
-  "export": ("",),
+  "export": ("", "export", "onnx"),
 }
 # Flags that go with one mode alone.
 OWN = {
@@ -272,7 +272,8 @@ def _print_latency(latency) -> None:
 
 def _main(arguments: list[str]) -> None:
   if arguments:
-    known = arguments[0] in FLAGS["mode"].parser.enum_values
+    modes = FLAGS["mode"].parser.enum_values  # ty: ignore[missing-attribute]
+    known = arguments[0] in modes
     raise ValueError(
       f"unexpected argument {arguments[0]!r}; "
       + (f"did you mean --mode={arguments[0]}?" if known else "flags begin with --")

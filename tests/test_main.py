@@ -334,6 +334,7 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
     ("batch", 20_000, "8616 images, fewer than one loader batch"),
     ("num_devices", 64, "config.num_devices is 64, but this run has"),
     ("data.source", "mnist", "unknown data source 'mnist'"),
+    ("data.source", "folder:gs://bucket/set", "read from a disk; copy or mount"),
     ("model.growth_factors", (1, 2, 4, 4, 4), "the same number of scales"),
     ("model.growth", 3, None),
   ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -156,6 +157,17 @@ def test_places_are_checked_before_training(tmp_path, tiny_config, compilations)
     assert caught.value.filename == tmp_path / "run" / name
     (tmp_path / "run" / name).unlink()
   assert not list((tmp_path / "run").iterdir()) and compilations() == 0
+
+
+@pytest.mark.parametrize("name", ["export", "onnx"])
+def test_a_folder_of_an_export_is_checked_before_it(
+  finished, tmp_path, compilations, name
+):
+  workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+  (workdir / name).touch()
+  with pytest.raises(NotADirectoryError) as caught:
+    main.run("export", workdir, None)
+  assert caught.value.filename == workdir / name and compilations() == 0
 
 
 @pytest.mark.parametrize("mode", ["all", "train", "evaluate", "report"])

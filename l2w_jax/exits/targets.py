@@ -18,6 +18,7 @@ vectors; cost in MACs per sample.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,7 +76,11 @@ def parse(text: str) -> Target:
   """
   kind, *numbers = str(text).split(":")
   try:
-    values = tuple(map(float, numbers))
+    # Which takes "1_0", " 1" and other digits than ours as well.
+    plain = all(
+      re.fullmatch(r"[\w.+-]+", x, re.A) and "_" not in x for x in numbers
+    )
+    values = tuple(map(float, numbers)) if plain else ()
   except ValueError:
     values = ()
   if len(values) != _NUMBERS.get(kind):

@@ -353,10 +353,13 @@ class _Loop:
       if self._saved
       else "there is no finite checkpoint yet"
     )
+    keys = "config.optimizer.learning_rate or config.optimizer.weight_decay"
+    if self._config.method == "l2w":
+      keys += ", or config.meta.learning_rate or config.meta.weight_decay"
     return ValueError(
       f"training diverged: {what} at step {step}, where the learning rate is "
       f"{self._learning_rate(step):g}; {last}; train into another workdir with a "
-      "smaller config.optimizer.learning_rate"
+      f"smaller {keys}"
     )
 
   def _learning_rate(self, step: int) -> float:
