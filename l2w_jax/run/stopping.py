@@ -50,6 +50,7 @@ def install() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    block()  # in the thread, which else would take one that `block` lets wait
     threading.Thread(target=_answer, args=(reader,), daemon=True).start()
     for number in SIGNALS:
       if signal.getsignal(number) is not signal.SIG_IGN:
