@@ -27,6 +27,7 @@ import ast
 import copy
 import re
 import sys
+from functools import partial
 from typing import Any
 
 from absl import flags
@@ -36,6 +37,7 @@ from l2w_jax import config as config_lib
 from l2w_jax.run import command, files
 
 FLAGS = flags.FLAGS
+ANY_SIZE = 512  # of images: enough for all scales; exits do not depend on it
 
 
 def parse_methods(text: str) -> dict[str, dict[str, Any]]:
@@ -109,8 +111,36 @@ def plan(
   return runs
 
 
+def check(runs: list[tuple[str, files.Path, ConfigDict]]) -> None:
+  """Raises ValueError or OSError for what a later run would only end at.
+
+  What the data decide is left to the first run: all have the same.
+  """
+  from l2w_jax import models
+  from l2w_jax.exits import targets
+  from l2w_jax.results import drawing
+  from l2w_jax.run import os_errors
+  from l2w_jax.training import identity, loop
+
+  drawing.check()
+  for _, workdir, config in runs:
+    identity.check_config(workdir, config)
+    if identity.is_evaluated(workdir, config, "scores.npz"):
+      continue
+    targets.check(config.evaluate.target, config_lib.holds_out(config))
+    loop.check(config)
+    if config.method == "fixed":
+      size = config.data.image_size or ANY_SIZE
+      backbone = models.build_backbone(config.model, 2, (size, size, 3))
+      config_lib.check_method(config, backbone.num_exits)
+    os_errors.check_writable([workdir, workdir / "checkpoints", workdir / "report"])
+  folder = runs[0][1].parent
+  os_errors.check_writable([folder, folder / "comparison"])
+
+
 def finish(workdir: files.Path, config: ConfigDict) -> None:
   """Trains, evaluates and reports one run, as far as not done yet."""
+  from l2w_jax.exits import targets
   from l2w_jax.results import evaluate, report
   from l2w_jax.run import lock
   from l2w_jax.training import identity
@@ -119,7 +149,9 @@ def finish(workdir: files.Path, config: ConfigDict) -> None:
   identity.check_config(workdir, config)
   if not identity.is_evaluated(workdir, config, "scores.npz"):
     with lock.held(workdir):
-      train.train(workdir, config)
+      train.train(
+        workdir, config, partial(targets.check_cost, config.evaluate.target)
+      )
       evaluate.evaluate(workdir, config)
       report.write_report(workdir)
 
@@ -161,6 +193,7 @@ def _main(arguments: list[str]) -> None:
     files.path(FLAGS.workdir),
   )
   backend.check()
+  check(runs)
   compile_cache.enable()
   print(f"compare: {backend.describe()}", file=sys.stderr)
   for i, (_, workdir, config) in enumerate(runs, 1):

@@ -16,8 +16,11 @@ import difflib
 import importlib.util
 import json
 import math
+import os
+import pathlib
 import re
 import sys
+import traceback
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -726,7 +729,7 @@ def read_config(name: str) -> ConfigDict:
   """`load_config` before overrides, as it is.
 
   Raises:
-    ValueError: no such config, or a file that holds none.
+    ValueError: no such config, or a file that holds none or fails, and where.
   """
   file, argument = named.config_file(str(name))
   if file.suffix == ".json":
@@ -738,8 +741,41 @@ def read_config(name: str) -> ConfigDict:
   assert spec is not None and spec.loader is not None  # it is a file
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # dataclasses in it look there for themselves
-  spec.loader.exec_module(module)
-  return module.get_config(*([argument] if argument else []))
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(*([argument] if argument else []))
+  except (Exception, SystemExit) as error:  # it may raise anything
+    if isinstance(error, ValueError) and file.resolve().parent == named.CONFIGS:
+      raise  # of its argument: the file is ours
+    raise ValueError(_failure(file, error)) from error
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      f"{file}: get_config returns {config!r}, no ConfigDict; start from "
+      "l2w_jax.config.defaults()"
+    )
+  return config
+
+
+def _failure(file: pathlib.Path, error: BaseException) -> str:
+  """FILE, line N: what it raised there; one line."""
+  path = os.path.abspath(file)
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == path
+  ]
+  words = str(error)
+  if isinstance(error, SyntaxError):
+    lines = [error.lineno] if error.filename == path else lines
+    words = error.msg
+  # ConfigDict quotes its words, and adds every other key, with its value.
+  if isinstance(error, AttributeError | KeyError) and words[:1] in ("'", '"'):
+    words = words.strip(words[0])
+  words = re.sub(
+    "Other fields present: .*?(?=Did you mean|$)", "", words, flags=re.S
+  )
+  place = f"{file}, line {lines[-1]}" if lines else f"{file}"
+  return " ".join(f"{place}: {type(error).__name__}: {words}".split())
 
 
 def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

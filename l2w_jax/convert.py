@@ -109,21 +109,28 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
   )
 
 
-def _from_torch(weight: Any) -> jax.Array:
+def _from_torch(name: str, weight: Any) -> jax.Array:
   """The way back, in float32 or wider: half precision is only for storage."""
   try:
     array = _to_numpy(weight)
-    array = array.astype(np.promote_types(array.dtype, np.float32))
     real = array.dtype.kind == "f"
+    array = array.astype(np.promote_types(array.dtype, np.float32))
   except (TypeError, ValueError, RuntimeError):
     real = False
   if not real:
     raise ValueError(
-      f"a weight of shape {tuple(np.shape(weight))} is {weight.dtype}, sparse, "
-      "quantised or without data; save the network's state_dict in float32 or half "
-      "precision"
+      f"{name}, a weight of shape {tuple(np.shape(weight))}, is {weight.dtype}, "
+      "sparse, quantised or without data; save the network's state_dict in float32 "
+      "or half precision"
     )
-  return jnp.asarray(array.transpose((2, 3, 1, 0) if array.ndim == 4 else None))
+  array = jnp.asarray(array.transpose((2, 3, 1, 0) if array.ndim == 4 else None))
+  least = 0 if name.endswith("running_var") else -np.inf
+  if not (np.isfinite(array) & (np.asarray(array) >= least)).all():
+    raise ValueError(
+      f"{name} holds NaN, infinite or, of a variance, negative values, and so "
+      "answers nothing; take another checkpoint of the training"
+    )
+  return array
 
 
 def _to_numpy(weight: Any) -> np.ndarray:
@@ -162,7 +169,7 @@ def import_released(state_dict: Mapping[Any, Any], backbone: Backbone) -> Variab
   weights = _named(_arrays(state_dict), shapes)
   _check(weights, shapes)
   return traverse_util.unflatten_dict(
-    {path: _from_torch(weights[name]) for path, name in names.items()}
+    {path: _from_torch(name, weights[name]) for path, name in names.items()}
   )
 
 
@@ -212,8 +219,8 @@ def import_released_wpn(state_dict: Mapping[Any, Any]) -> PyTree:
   _check(weights, shapes)
   return {
     ours: {
-      "kernel": _from_torch(weights[f"{layer}.weight"]),
-      "bias": _from_torch(weights[f"{layer}.bias"]),
+      "kernel": _from_torch(f"{layer}.weight", weights[f"{layer}.weight"]),
+      "bias": _from_torch(f"{layer}.bias", weights[f"{layer}.bias"]),
     }
     for ours, layer in names.items()
   }
@@ -344,6 +351,8 @@ def load_torch(path: pathlib.Path) -> Mapping[str, Any]:
   Raises:
     ValueError: PyTorch is not installed, or the file cannot be read safely.
   """
+  if path.exists() and not (path.is_file() or path.is_dir()):
+    raise ValueError(f"{path} is a pipe or a device; copy it to a file first")
   torch = _torch()
   scalar = np.float64(0).__reduce__()[0]  # best accuracies
   harmless = [(scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype]
@@ -360,6 +369,8 @@ def load_torch(path: pathlib.Path) -> Mapping[str, Any]:
     raise ValueError(_refusal(path, error)) from error
   if not isinstance(content, Mapping):
     raise ValueError(f"{path} holds a {type(content).__name__} and no state_dict")
+  if not _arrays(content):
+    raise ValueError(f"{path} holds no weights of a network; name its checkpoint")
   return content
 
 
@@ -383,7 +394,10 @@ def _refusal(path: pathlib.Path, error: Exception) -> str:
       "x[KEY].state_dict() if it is a dictionary with a module, or of x[KEY] if it "
       "is one with weights, behind a KEY such as 'state_dict'"
     )
-  return f"{path} is not a PyTorch checkpoint, or damaged ({type(error).__name__})"
+  return (
+    f"{path} is not a PyTorch checkpoint, or damaged ({type(error).__name__}); "
+    "only what torch.save writes is read, no .safetensors, .npz or others"
+  )
 
 
 def save_torch(path: files.Path, state_dict: StateDict) -> None:

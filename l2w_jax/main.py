@@ -23,6 +23,7 @@ if __name__ == "__main__":
   stopping.install()  # before the imports that take long
 
 import sys
+from functools import partial
 
 from absl import flags
 
@@ -86,7 +87,7 @@ WRITTEN = {
   "evaluate": ("",),
   "report": ("report",),
   "latency": ("", "report"),
-  "export": ("",),
+  "export": ("", "export", "onnx"),
 }
 # Flags that go with one mode alone.
 OWN = {
@@ -209,9 +210,11 @@ def _run(mode, workdir, config, own) -> None:
         config.num_devices = 0  # those that trained it need not be here
   config = config_lib.from_dict(parallel.from_writer(config and config.to_dict()))
   if mode in ("all", "train"):
+    from l2w_jax.exits import targets
     from l2w_jax.training import loop
 
-    if not loop.train(workdir, config):
+    fits = partial(targets.check_cost, config.evaluate.target)
+    if not loop.train(workdir, config, fits):
       say(f"{workdir}: training had already finished")
       if mode == "all" and parallel.from_writer(
         identity.is_evaluated(workdir, config, directory.REPORT)
@@ -276,7 +279,8 @@ def _print_latency(latency) -> None:
 
 def _main(arguments: list[str]) -> None:
   if arguments:
-    known = arguments[0] in FLAGS["mode"].parser.enum_values  # ty: ignore[missing-attribute]
+    modes = FLAGS["mode"].parser.enum_values  # ty: ignore[missing-attribute]
+    known = arguments[0] in modes
     raise ValueError(
       f"unexpected argument {arguments[0]!r}; "
       + (f"did you mean --mode={arguments[0]}?" if known else "flags begin with --")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 from conftest import ROOT, run_main
 
@@ -41,6 +42,27 @@ def test_a_wrong_sum_is_refused_with_what_to_do(
   assert f'pip install "jax!={backend.jax.__version__}"' in says
   flags = 'XLA_FLAGS="--mine=1 --xla_cpu_experimental_ynn_fusion_type="'
   assert (flags in says) is may_set and ("XLA_FLAGS" in says) is may_set
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("jax_disable_jit", True),
+    ("jax_numpy_rank_promotion", "raise"),
+    ("jax_numpy_dtype_promotion", "strict"),
+    ("jax_transfer_guard", "disallow"),
+    ("jax_transfer_guard_device_to_host", "disallow_explicit"),
+  ],
+)
+def test_settings_that_end_every_run_are_named(name, value):
+  was = getattr(jax.config, name)
+  jax.config.update(name, value)
+  try:
+    with pytest.raises(ValueError, match=f"^{name.upper()}={value}: .*; unset it$"):
+      backend.check()
+  finally:
+    jax.config.update(name, was)
+  backend.check()
 
 
 def test_devices_version_and_processes_in_words(monkeypatch):

@@ -355,6 +355,44 @@ def test_a_mistake_is_one_line(flags, says):
   assert done.stderr.startswith(says) and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+  "methods, says",
+  [
+    ("uniform,l2w:evaluate.target=accuracy:93", "did you mean accuracy:0.93"),
+    ("uniform,fixed", "exit_weights with one weight for each of the 2 exits"),
+    ("uniform,uniform:batch=33", "batch 33 does not split into two halves"),
+    ("uniform,nowhere.rule", "'nowhere.rule': cannot import nowhere"),
+    ("uniform,l2w", "l2w-0 was made with another config: config.epochs is 2 here"),
+  ],
+)
+def test_what_a_later_run_would_end_at_is_told_before_the_first(
+  tmp_path, tiny_config, methods, says
+):
+  _, workdir, config = compare.plan(
+    tiny_config, compare.parse_methods("l2w:epochs=7"), 1, tmp_path
+  )[0]
+  (tmp_path / "l2w-0").mkdir()
+  directory.write_config(tmp_path / "l2w-0", config)
+  runs = compare.plan(tiny_config, compare.parse_methods(methods), 1, tmp_path)
+  with pytest.raises(ValueError, match=says):
+    compare.check(runs)
+
+
+def test_places_of_a_comparison_are_checked_before_the_first_run(
+  tmp_path, tiny_config, monkeypatch
+):
+  runs = compare.plan(
+    tiny_config, compare.parse_methods("uniform,l2w"), 1, tmp_path
+  )
+  compare.check(runs)
+  (tmp_path / "comparison").touch()
+  with pytest.raises(NotADirectoryError):
+    compare.check(runs)
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  with pytest.raises(ValueError, match="needs matplotlib"):
+    compare.check(runs)
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(tmp_path):
   """Killed after the first run; then only what is missing is trained."""

@@ -54,6 +54,15 @@ def test_a_folder_that_cannot_be_made_is_done_without(unset, monkeypatch, tmp_pa
   assert not jax.config.jax_compilation_cache_dir
 
 
+def test_a_user_without_a_home_keeps_nothing(unset, monkeypatch):
+  def nobody():
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.setattr(compile_cache.pathlib.Path, "home", nobody)
+  assert compile_cache.enable() is None
+
+
 @pytest.mark.parametrize("data", [b"", np.random.default_rng(0).bytes(500)])
 def test_a_damaged_entry_is_replaced_without_a_word(
   unset, monkeypatch, tmp_path, data, capsys

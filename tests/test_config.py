@@ -375,3 +375,27 @@ def test_a_missing_file_and_an_unknown_argument(tmp_path):
     config_lib.load_config(f"{DIGITS}:lw2")
   with pytest.raises(ValueError, match="unknown model 'resnet'"):
     config_lib.defaults("resnet")
+
+
+@pytest.mark.parametrize(
+  "code, says",
+  [
+    (b"import no_such_module", ", line 1: ModuleNotFoundError: No module named"),
+    (b"x = 1\ny = = 2", ", line 2: SyntaxError: invalid syntax$"),
+    (b"def get_config():\n  return 1 / 0", ", line 2: ZeroDivisionError: division"),
+    (b"x = '\xff'", "SyntaxError: .unicode error. 'utf-8' codec can't decode"),
+    (b"import sys\nsys.exit(3)", ", line 2: SystemExit: 3$"),
+    (b"x = 1", "AttributeError: .* no attribute 'get_config'"),
+    (
+      b"def get_config():\n  pass",
+      ": get_config returns None, no ConfigDict; start",
+    ),
+    (b"get_config = dict", ": get_config returns {}, no ConfigDict"),
+  ],
+)
+def test_a_config_file_that_fails_is_one_line_with_its_place(tmp_path, code, says):
+  path = tmp_path / "own.py"
+  path.write_bytes(code)
+  with pytest.raises(ValueError, match=f"^{path}.*{says}") as caught:
+    config_lib.load_config(str(path))
+  assert len(str(caught.value).splitlines()) == 1

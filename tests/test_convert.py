@@ -4,6 +4,7 @@ The names of the published networks, in order, are compared in test_golden.
 """
 
 import argparse
+import os
 import pathlib
 import subprocess
 import sys
@@ -43,11 +44,14 @@ def released(backbone, seed=0):
   """A state_dict of the backbone with a different number everywhere."""
   rng = np.random.default_rng(seed)
   template = convert.export_released(backbone.init(jax.random.key(0)), backbone)
-  return {
+  drawn = {
     name: rng.normal(size=x.shape).astype(np.float32)
     if x.dtype == np.float32
     else x
     for name, x in template.items()
+  }
+  return {
+    name: abs(x) if name.endswith("running_var") else x for name, x in drawn.items()
   }
 
 
@@ -215,8 +219,35 @@ def test_weights_that_are_no_real_numbers(kind):
   state_dict = released(build())
   name = next(iter(state_dict))
   state_dict[name] = state_dict[name].astype(kind)
-  with pytest.raises(ValueError, match=r"a weight of shape \(4, 3, 3, 3\) is"):
+  with pytest.raises(ValueError, match=r"a weight of shape \(4, 3, 3, 3\), is"):
     convert.import_released(state_dict, build())
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [("weight", np.nan), ("running_mean", np.inf), ("running_var", -0.1)],
+)
+def test_weights_that_cannot_work(name, value):
+  state_dict = released(build())
+  name = next(found for found in state_dict if found.endswith(name))
+  state_dict[name].flat[0] = value
+  with pytest.raises(ValueError, match=f"^{name} holds NaN, infinite or, of a var"):
+    convert.import_released(state_dict, build())
+
+
+@pytest.mark.parametrize("kind", ["int8", "bool"])
+def test_weights_that_are_whole_numbers(kind):
+  state_dict = released(build())
+  name = next(iter(state_dict))
+  state_dict[name] = state_dict[name].astype(kind)
+  with pytest.raises(ValueError, match=f"^{name}, a weight of shape .* is {kind},"):
+    convert.import_released(state_dict, build())
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+  os.mkfifo(tmp_path / "pipe.pth")
+  with pytest.raises(ValueError, match="pipe.pth is a pipe or a device; copy it"):
+    convert.load_torch(tmp_path / "pipe.pth")
 
 
 def test_other_numbers_of_classes():
@@ -484,7 +515,11 @@ class TestWithPyTorch:
 
   @pytest.mark.parametrize(
     "content, message",
-    [(None, "no file"), (b"", "damaged"), (b"no checkpoint", "damaged")],
+    [
+      (None, "no file"),
+      (b"", "damaged"),
+      (b"no checkpoint", "damaged.*no .safetensors, .npz"),
+    ],
   )
   def test_damaged_files(self, tmp_path, content, message):
     path = tmp_path / "x.pth"
@@ -492,6 +527,11 @@ class TestWithPyTorch:
       path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
       convert.load_torch(path)
+
+  def test_a_file_without_weights(self, tmp_path):
+    self.torch.save({"a": 1}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="x.pth holds no weights of a network"):
+      convert.load_torch(tmp_path / "x.pth")
 
   def test_a_file_without_a_state_dict(self, tmp_path):
     self.torch.save(self.torch.ones(3), tmp_path / "x.pth")

@@ -140,3 +140,9 @@ def test_a_full_standard_output_is_one_line():
   assert done.returncode == 1
   (line,) = done.stderr.splitlines()
   assert line.startswith("error: standard output: No space left on device")
+
+
+def test_more_processes_than_jax_can_count_are_refused(monkeypatch):
+  monkeypatch.setattr(jax.distributed, "initialize", pytest.fail)
+  with pytest.raises(ValueError, match="=99999999999 is more than 1,000,000; give"):
+    parallel.initialize("localhost:1234", 99_999_999_999, 0)

@@ -332,7 +332,9 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
   path.write_text("def get_config():\n  raise ValueError('no such set')\n")
   command = run_main(f"--config={path}", f"--workdir={tmp_path / 'run'}")
   assert command.code == 2
-  assert command.err.splitlines() == ["error: ValueError: no such set"]
+  assert command.err.splitlines() == [
+    f"error: {path}, line 2: ValueError: no such set"
+  ]
   path.write_text(
     "from l2w_jax import config\ndef get_config():\n"
     "  c = config.defaults()\n  c.epoch = 3\n  return c\n"
@@ -341,7 +343,7 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
   assert command.code == 2
   (line,) = command.err.splitlines()
   assert line.endswith('Did you mean "epochs" instead of "epoch"?')
-  assert len(line) < 200
+  assert len(line) < 250 and line.startswith(f"error: {path}, line 4: Attribute")
 
 
 @pytest.mark.parametrize(
@@ -351,6 +353,7 @@ def test_a_config_file_that_fails_is_named_by_its_error(tmp_path):
     ("batch", 20_000, "8616 images, fewer than one loader batch"),
     ("num_devices", 64, "config.num_devices is 64, but this run has"),
     ("data.source", "mnist", "unknown data source 'mnist'"),
+    ("data.source", "folder:gs://bucket/set", "read from a disk; copy or mount"),
     ("model.growth_factors", (1, 2, 4, 4, 4), "the same number of scales"),
     ("model.growth", 3, None),
   ],
@@ -377,6 +380,15 @@ def test_images_too_small_for_the_scales(tmp_path, compilations):
   with pytest.raises(ValueError, match="8×8 pixels are too small for 5 scales"):
     main.run("all", tmp_path / "run", config)
   assert compilations() == 0
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_cost_below_the_first_exit_is_told_before_training(tmp_path, tiny_config):
+  tiny_config.evaluate.target = "macs:10"
+  with pytest.raises(
+    ValueError, match="at most 10 MACs on average: the nearest is"
+  ):
+    main.run("all", tmp_path / "run", tiny_config)
   assert not list(tmp_path.iterdir())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -199,6 +200,17 @@ def test_places_are_checked_before_training(tmp_path, tiny_config, compilations)
   assert not list((tmp_path / "run").iterdir()) and compilations() == 0
 
 
+@pytest.mark.parametrize("name", ["export", "onnx"])
+def test_a_folder_of_an_export_is_checked_before_it(
+  finished, tmp_path, compilations, name
+):
+  workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+  (workdir / name).touch()
+  with pytest.raises(NotADirectoryError) as caught:
+    main.run("export", workdir, None)
+  assert caught.value.filename == workdir / name and compilations() == 0
+
+
 @pytest.mark.parametrize("mode", ["all", "train", "evaluate", "report"])
 def test_a_place_that_cannot_be_written_is_told_at_once(
   finished, tiny_config, monkeypatch, compilations, mode
@@ -277,3 +289,22 @@ with command.one_line_errors():
   assert "one of many" not in done.stderr and "is closed" not in done.stderr
   assert "RuntimeError: something else" in done.stderr
   assert done.stderr.splitlines()[-1] == "error: the one that counts"
+
+
+@pytest.mark.parametrize(
+  "words, says", [("", "close other programs, or take"), ("of it", "of it")]
+)
+def test_memory_that_is_not_there_is_one_line(words, says):
+  code = (
+    "from l2w_jax.run import command\n"
+    f"with command.one_line_errors(): raise MemoryError({words!r})"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.stderr.startswith(f"error: not enough memory: {says}")
+  assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -156,6 +156,16 @@ def test_middle_keeps_seven_eighths_of_the_shorter_side():
   np.testing.assert_array_equal(pixels.middle(ramp(6, 9), 0), ramp(6, 9))
 
 
+def test_a_line_is_not_resized_as_a_whole(monkeypatch):
+  line = ramp(1, 60_000)
+  assert pixels.middle(line, 224).shape == (224, 224, 3)
+  assert pixels.middle(line.transpose(1, 0, 2), 224).shape == (224, 224, 3)
+  whole = pixels.middle(ramp(64, 96), 28).astype(int)
+  monkeypatch.setattr(pixels, "ENORMOUS", 0)
+  part = pixels.middle(ramp(64, 96), 28)
+  np.testing.assert_allclose(part, whole, atol=1)  # rounding of Pillow's
+
+
 def test_shrinking_averages():
   # Without antialiasing a checkerboard shrinks to black or white.
   board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None]

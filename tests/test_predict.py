@@ -203,6 +203,11 @@ def saved(array):
   return save
 
 
+def pipe(tmp_path):
+  os.mkfifo(tmp_path / "pipe.npy")
+  return tmp_path / "pipe.npy"
+
+
 def text(tmp_path):
   (tmp_path / "images.npy").write_text("words")
   return tmp_path / "images.npy"
@@ -213,6 +218,7 @@ def text(tmp_path):
   [
     (lambda tmp_path: tmp_path / "none", "none: there is nothing"),
     (empty, "empty has no image"),
+    (pipe, "pipe.npy is a pipe or a device; copy"),
     (text, "images.npy is no array that np.load reads"),
     (
       saved(np.zeros((2, 8, 8, 1))),

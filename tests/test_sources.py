@@ -160,6 +160,15 @@ def test_a_constant_channel_is_named_and_never_divides_by_0(tmp_path, feed, capl
   assert not np.asarray(normal[..., 1]).any() and np.isfinite(normal).all()
 
 
+def test_of_many_constant_channels_five_are_named(tmp_path, caplog):
+  images = {
+    f"{name}_images": np.full((count, 9, 9, 8), 7, np.uint8)
+    for name, count in (("train", 60), ("test", 15))
+  }
+  sources.load(data_config(save(tmp_path / "x.npz", **images)))
+  assert "channel 0 and 1 and 2 and 3 and 4 and 3 more of the" in caplog.text
+
+
 def test_missing_file_unknown_source_and_too_large_calibration(tmp_path):
   with pytest.raises(ValueError, match="no file"):
     sources.load(data_config("npz:nowhere.npz"))

@@ -11,6 +11,7 @@ from conftest import ROOT
 from l2w_jax.run import stopping
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+SIGNALS += [(signal.SIGUSR1, 138), (signal.SIGUSR2, 140), (signal.SIGXCPU, 152)]
 # Neither waits nor goes on where an exception would say so.
 DEAF = """
 print("ready", flush=True)
@@ -135,3 +136,23 @@ def test_importing_the_package_leaves_signals_alone():
     timeout=60,
   )
   assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_are_closed_lead_nowhere(closed, tmp_path):
+  code = (
+    "import os, sys; from l2w_jax.run import stopping; stopping.install(); "
+    "print('out'); print('err', file=sys.stderr); assert not sys.stdin.isatty(); "
+    f"assert os.open({str(tmp_path)!r}, os.O_RDONLY) > 2"
+  )
+  done = subprocess.run(
+    ["sh", "-c", f'"{sys.executable}" -c "$0" {closed}', code],
+    cwd=ROOT,
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 0
+  assert done.stdout == ("" if "1>" in closed else "out\n")
+  assert done.stderr == ("" if "2>" in closed else "err\n")

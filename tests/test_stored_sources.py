@@ -707,3 +707,17 @@ def test_grey_files_have_one_channel_where_the_set_says_so():
   assert images.shape == (2, 4, 4, 1) and images[1].max() == 50
   assert pixels.to_array(images[0]).shape == (4, 4, 1)
   np.testing.assert_array_equal(index.labels, [0, 1])
+
+
+@pytest.mark.parametrize("kind", [AssertionError, TypeError])
+def test_a_version_that_tfds_has_not_is_one_line(monkeypatch, kind):
+  tfds = pytest.importorskip("tensorflow_datasets")
+
+  def refuse(*_, **__):
+    raise kind("Failed to construct dataset\n  only version 3.0.1 is there")
+
+  monkeypatch.setattr(tfds, "builder", refuse)
+  says = "cannot make 'mnist:9.9.9': only version 3.0.1 is there; see its catalogue"
+  with pytest.raises(ValueError, match=says) as caught:
+    tfds_files.builder("mnist:9.9.9", "")
+  assert len(str(caught.value).splitlines()) == 1

@@ -210,9 +210,11 @@ def test_a_run_that_diverges_says_so_in_one_line(tmp_path, tiny_config, method):
     assert re.match(
       r"training diverged: (train|meta)_loss is (nan|inf) at step [123], where the "
       r"learning rate is (9\d+|1e\+06); there is no finite checkpoint yet; train "
-      r"into another workdir with a smaller config.optimizer.learning_rate$",
+      r"into another workdir with a smaller config.optimizer.learning_rate or "
+      r"config.optimizer.weight_decay",
       str(error.value),
     )
+    assert ("or config.meta.learning_rate" in str(error.value)) == (method == "l2w")
   assert not saved_steps(tmp_path)
   assert len(metrics(tmp_path)) < 3
 

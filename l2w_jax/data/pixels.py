@@ -37,6 +37,9 @@ Pixels = Image.Image | np.ndarray
 BITS_PER_SAMPLE = 258  # tag of a TIFF file
 AREA = (0.08, 1.0)  # of the image, that a random crop covers
 ASPECT = (3 / 4, 4 / 3)  # width over height of a random crop
+# Pixels of a resized image above which, as of a line one pixel wide, only what is
+# kept of it is computed; rounding then differs by 1 in places.
+ENORMOUS = 2**28
 SHOWN = 0.875  # of the shorter side, that the middle of an image keeps: 224/256
 
 
@@ -125,8 +128,12 @@ def middle(image: Pixels, size: int) -> np.ndarray:
     shorter if side == min(image.size) else int(side * scale + 1e-9)
     for side in image.size
   )
-  image = image.resize((width, height), Image.Resampling.BILINEAR)
   left, top = round((width - size) / 2), round((height - size) / 2)
+  if width * height > ENORMOUS:
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return to_array(image.resize((size, size), Image.Resampling.BILINEAR, box))
+  image = image.resize((width, height), Image.Resampling.BILINEAR)
   return to_array(image.crop((left, top, left + size, top + size)))
 
 

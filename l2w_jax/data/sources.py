@@ -154,6 +154,11 @@ def load(config: ConfigDict) -> Dataset:
       f"unknown data source {config.source!r} in config.data.source; choose "
       f"one of {', '.join(SOURCES)}"
     )
+  if "://" in where:
+    raise ValueError(
+      f"config.data.source={config.source}: images are read from a disk; copy or "
+      "mount them, and name that place"
+    )
   _check_crops(config)
   source = openers[kind](where, config)
   streams = _streams(source.train, config)
@@ -202,12 +207,13 @@ def load(config: ConfigDict) -> Dataset:
   mean, std = _statistics(train.images, config)
   constant = np.flatnonzero(std == 0)
   if len(constant):
+    more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
     logging.warning(
       "channel %s of the train images of %s has one value everywhere, %s; it is "
       "kept, and the network sees 0 in it",
-      " and ".join(map(str, constant)),
+      " and ".join(map(str, constant[:5])) + more,
       config.source,
-      " and ".join(f"{value:g}" for value in mean[constant]),
+      " and ".join(f"{value:g}" for value in mean[constant[:5]]) + more,
     )
     std = np.where(std == 0, 1.0, std)
   return Dataset(train, calibration, test, class_names, mean, std, meta)

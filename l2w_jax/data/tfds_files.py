@@ -261,6 +261,12 @@ def builder(name: str, data_dir: str) -> Any:
       f"TensorFlow Datasets has no set {name!r}; see its catalogue, "
       "https://www.tensorflow.org/datasets/catalog/overview"
     ) from error
+  except (AssertionError, TypeError) as error:  # a version or config it has not
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    raise ValueError(
+      f"TensorFlow Datasets cannot make {name!r}: {reason.strip(' .')}; see its "
+      "catalogue, https://www.tensorflow.org/datasets/catalog/overview"
+    ) from error
   except ImportError as error:
     raise ValueError(
       f"TensorFlow Datasets cannot describe {name!r} here: "

@@ -18,6 +18,7 @@ vectors; cost in MACs per sample.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from l2w_jax.exits import policy as exit_policy
+from l2w_jax.models.backbone import Backbone
 
 QS = tuple(i / 20 for i in range(1, 40))  # the paper's 39 budgets
 FAMILY_QS = np.geomspace(1e-3, 1e3, 241)
@@ -74,7 +76,11 @@ def parse(text: str) -> Target:
   """
   kind, *numbers = str(text).split(":")
   try:
-    values = tuple(map(float, numbers))
+    # Which takes "1_0", " 1" and other digits than ours as well.
+    plain = all(
+      re.fullmatch(r"[\w.+-]+", x, re.A) and "_" not in x for x in numbers
+    )
+    values = tuple(map(float, numbers)) if plain else ()
   except ValueError:
     values = ()
   if len(values) != _NUMBERS.get(kind):
@@ -106,6 +112,13 @@ def check(text: str, holds_out: bool) -> None:
       "train split cannot; hold images out with config.data.calibration, or choose "
       "another target"
     )
+
+
+def check_cost(text: str, backbone: Backbone) -> None:
+  """Raises ValueError for a cost below that of the first exit of a backbone."""
+  kind, values = parse(text)
+  if kind == "macs" and values[0] < backbone.macs[0]:
+    raise _too_cheap(values[0], backbone.macs[0])
 
 
 def choose(
@@ -208,11 +221,15 @@ def _for_macs(right, cost, most) -> np.integer:
   """The most accurate within a cost; of equally accurate ones the cheapest."""
   allowed = np.flatnonzero(cost <= most)
   if not len(allowed):
-    raise ValueError(
-      f"no thresholds cost at most {most:g} MACs on average: the nearest is "
-      f"{cost.min():g}, where everyone leaves at the first exit"
-    )
+    raise _too_cheap(most, cost.min())
   return max(allowed, key=lambda i: (right[i], -cost[i]))
+
+
+def _too_cheap(most, cheapest) -> ValueError:
+  return ValueError(
+    f"no thresholds cost at most {most:g} MACs on average: the nearest is "
+    f"{cheapest:g}, where everyone leaves at the first exit"
+  )
 
 
 def _for_accuracy(right, cost, least, num_samples) -> np.integer:

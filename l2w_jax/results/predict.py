@@ -84,6 +84,10 @@ def open_images(
     return Files(
       paths, [str(path.relative_to(where)) for path in paths], config, channels
     )
+  if not where.is_file():
+    raise ValueError(
+      f"--images={where} is a pipe or a device; copy what it holds to a file first"
+    )
   if where.suffix.lower() != ".npy":
     return Files([where], [where.name], config, channels)
   try:

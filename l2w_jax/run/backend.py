@@ -11,15 +11,32 @@ import jax
 import numpy as np
 
 ROWS = 32_769  # the fewest for which jaxlib 0.10.2 gets the last sum wrong
+# Settings of JAX, from its environment or jax.config, that end every run.
+_GUARDED = ("disallow", "disallow_explicit")
+UNWORKABLE = {
+  "jax_disable_jit": (True,),
+  "jax_no_tracing": (True,),
+  "jax_numpy_rank_promotion": ("raise",),
+  "jax_numpy_dtype_promotion": ("strict",),
+  "jax_transfer_guard": _GUARDED,
+  "jax_transfer_guard_host_to_device": _GUARDED,
+  "jax_transfer_guard_device_to_host": _GUARDED,
+  "jax_transfer_guard_device_to_device": _GUARDED,
+}
 
 
 def check() -> None:
   """Starts JAX's devices and has them compute one sum of products.
 
   Raises:
-    ValueError: there are no such devices, or the sum is wrong, as on CPUs with
-      jaxlib 0.10.2 (jax-ml/jax#39103).
+    ValueError: JAX is set to refuse what we do, there are no such devices, or the
+      sum is wrong, as on CPUs with jaxlib 0.10.2 (jax-ml/jax#39103).
   """
+  for name, values in UNWORKABLE.items():
+    if (value := getattr(jax.config, name, None)) in values:
+      raise ValueError(
+        f"{name.upper()}={value}: l2w_jax cannot compute with it; unset it"
+      )
   try:
     platform = jax.devices()[0].platform
   except (AssertionError, RuntimeError, ValueError) as error:

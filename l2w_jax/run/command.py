@@ -9,6 +9,7 @@ shows where the error was raised.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -80,7 +81,8 @@ def one_line_errors() -> Generator[None, None, None]:
       error.filename = "standard output"
     _fail(error, code=1)
   except MemoryError as error:
-    _fail(error, "not enough memory: ", code=1)
+    advice = os_errors.ADVICE[errno.ENOMEM]
+    _fail(error if str(error) else MemoryError(advice), "not enough memory: ", 1)
 
 
 def _tell_unraisable(found) -> None:
@@ -195,5 +197,6 @@ def _one_line(error: Exception) -> str:
   if isinstance(error, OSError) or "Traceback" in message:
     # Config files that cannot be read or run: the cause comes last.
     message = message.strip().splitlines()[-1]
-    message = re.sub(r"^l2w_jax\.[\w.]+: ", "", message)  # an error of our own
+    # An error of our own.
+    message = re.sub(r"^(l2w_jax\.[\w.]+|ValueError): ", "", message)
   return " ".join(message.split())

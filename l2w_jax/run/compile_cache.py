@@ -41,10 +41,10 @@ def enable() -> pathlib.Path | None:
       return None
     replace_damaged(pathlib.Path(chosen))
     return pathlib.Path(chosen)
-  folder = user_folder() / "jax"
   try:
+    folder = user_folder() / "jax"
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError:
+  except (OSError, RuntimeError):  # the latter of a user without a home
     return None
   jax.config.update("jax_compilation_cache_dir", str(folder))
   replace_damaged(folder)

@@ -26,6 +26,7 @@ ADVICE = {
   errno.ENOTDIR: "a part of the path is a file; name another place",
   errno.EISDIR: "a file is wanted there; move the folder away",
   errno.EEXIST: "something else is there; move it away, or name another place",
+  errno.ENOTEMPTY: "something in it cannot be removed; remove the folder yourself",
   errno.ENAMETOOLONG: "name a shorter path",
   errno.ELOOP: "its symbolic links lead in a circle; mend them",
   errno.EIO: "look after that disk, then give the same command again",

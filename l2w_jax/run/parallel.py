@@ -29,6 +29,7 @@ from jaxtyping import Array, PyTree
 
 AXIS = "devices"
 LANES = 128  # of a TPU's vector unit
+MOST_PROCESSES = 1_000_000  # of a run; JAX counts them in 32 bits
 JOIN_SECONDS = 300  # for all processes of a run to come
 PATIENCE_SECONDS = 5  # of waiting in silence
 SILENCE_SECONDS = 30  # after which a process counts as dead
@@ -291,6 +292,11 @@ def initialize(
     raise ValueError(
       f"--process_id={process_id} must be at least 0 and below "
       f"--num_processes={num_processes}"
+    )
+  if counted and num_processes > MOST_PROCESSES:
+    raise ValueError(
+      f"--num_processes={num_processes} is more than {MOST_PROCESSES:,}; give the "
+      "number of processes that are started"
     )
   if coordinator is not None:
     _check_address(coordinator)

@@ -1,4 +1,6 @@
-"""Signals that ask a command to stop: SIGTERM, SIGINT (Ctrl-C) and SIGHUP.
+"""Signals that ask a command to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP and others.
+
+SIGUSR1, SIGUSR2 and SIGXCPU are what batch systems send before time is over.
 
 While steps are trained, a signal only sets a flag, which the loop reads after every
 step. Anywhere else the same command makes again whatever is lost, and so it leaves
@@ -20,7 +22,11 @@ import threading
 import time
 from collections.abc import Generator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = tuple(
+  getattr(signal, name)
+  for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+  if hasattr(signal, name)
+)
 TOGETHER = 0.05  # seconds in which several count as one: systemd sends two at once
 
 _lock = threading.Lock()
@@ -38,17 +44,33 @@ def install() -> None:
   global _installed
   if not _installed:
     _installed = True
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
       sys.stdout.reconfigure(line_buffering=True)  # `_leave` flushes nothing
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    block()  # in the thread, which else would take one that `block` lets wait
     threading.Thread(target=_answer, args=(reader,), daemon=True).start()
     for number in SIGNALS:
       if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, lambda *_: None)  # writes to the pipe all the same
         signal.siginterrupt(number, False)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _open_streams() -> None:
+  """Standard streams that are closed, as 2>&- has them, lead nowhere instead.
+
+  Else the next file that is opened would take their place, and their messages.
+  """
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    try:
+      os.fstat(number)
+    except OSError:  # the lowest that is free is this one
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
 def block() -> None:
@@ -75,7 +97,7 @@ def asked() -> int:
 
 
 def exit_code(number: int) -> int:
-  """Of a command that a signal stopped, as shells have it: 143, 130 or 129."""
+  """Of a command that a signal stopped, as shells have it: 143 for SIGTERM."""
   return 128 + number
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,8 +117,31 @@ class Step:
     return state.replace(step=self._next(state.step)), (one, two)
 
 
-def train(workdir: str | os.PathLike, config: ConfigDict) -> bool:
+def check(config: ConfigDict) -> int:
+  """How many devices train a config, which fits all that shows without its data.
+
+  Raises:
+    ValueError: its batch, devices or rule do not, before anything is opened.
+  """
+  num_devices = parallel.count_devices(config.num_devices)
+  unrolled = (
+    config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1
+  )
+  parallel.check_batch(config.batch, num_devices, config.microbatches * unrolled)
+  config_lib.check_rule(config)
+  return num_devices
+
+
+def train(
+  workdir: str | os.PathLike,
+  config: ConfigDict,
+  check_backbone: Callable[[Backbone], None] = lambda _: None,
+) -> bool:
   """Trains to the last epoch, from the latest checkpoint if there is one.
+
+  Args:
+    workdir, config: of the run.
+    check_backbone: raises ValueError if the network is not what is wanted.
 
   Returns:
     False if the run had already finished.
@@ -129,11 +153,7 @@ def train(workdir: str | os.PathLike, config: ConfigDict) -> bool:
     SystemExit: a signal asked to stop, and all is saved.
   """
   workdir = files.path(workdir)
-  num_devices = parallel.count_devices(config.num_devices)
-  unrolled = (
-    config_lib.estimator(config.meta.estimator)[1] if config.method == "l2w" else 1
-  )
-  parallel.check_batch(config.batch, num_devices, config.microbatches * unrolled)
+  num_devices = check(config)
   if parallel.is_writer():
     identity.check_not_lost(workdir)
   dataset, made_of = identity.open_data(workdir, config, num_devices)
@@ -141,6 +161,7 @@ def train(workdir: str | os.PathLike, config: ConfigDict) -> bool:
     config.model, dataset.num_classes, dataset.image_shape
   )
   config_lib.check_method(config, backbone.num_exits)
+  check_backbone(backbone)
   loop = _Loop(workdir, config, dataset, backbone, num_devices, made_of)
   if parallel.is_writer():
     files.make_folder(workdir)
@@ -334,10 +355,13 @@ class _Loop:
       if self._saved
       else "there is no finite checkpoint yet"
     )
+    keys = "config.optimizer.learning_rate or config.optimizer.weight_decay"
+    if self._config.method == "l2w":
+      keys += ", or config.meta.learning_rate or config.meta.weight_decay"
     return ValueError(
       f"training diverged: {what} at step {step}, where the learning rate is "
       f"{self._learning_rate(step):g}; {last}; train into another workdir with a "
-      "smaller config.optimizer.learning_rate"
+      f"smaller {keys}"
     )
 
   def _learning_rate(self, step: int) -> float:
