@@ -116,11 +116,8 @@ def test_ranet_stops_as_simulated():
   assert len(set(exits)) > 3
 
 
-@pytest.mark.parametrize(
-  "name", ["msdnet", pytest.param("ranet", marks=pytest.mark.slow)]
-)
-def test_stages_give_the_logits_of_the_whole_network(name):
-  network, images = make_network(name), make_images(16)
+def test_stages_give_the_logits_of_the_whole_network():
+  network, images = make_network("msdnet"), make_images(16)
   prediction, confidence = network.simulate(images)
   x = jnp.asarray((images.astype(np.float32) - 120) / 60)
   logits = network.backbone.apply(network.variables, x)

@@ -45,6 +45,8 @@ def start(body: str, before: str = "") -> subprocess.Popen:
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # A signal that this process ignores, its child would, too.
+    preexec_fn=lambda: [signal.signal(x, signal.SIG_DFL) for x in stopping.SIGNALS],
   )
   assert process.stdout.readline() == "ready\n", process.communicate()
   return process
