@@ -38,15 +38,15 @@ def start(body: str, before: str = "") -> subprocess.Popen:
     [
       sys.executable,
       "-c",
-      f"import os, signal, sys, time\nfrom l2w_jax.run import stopping\n{before}\n"
-      f"stopping.install()\n{body}",
+      "import os, signal, sys, time\nfrom l2w_jax.run import stopping\n"
+      # What the process of the tests ignores, this one would, too.
+      "for x in stopping.SIGNALS: signal.signal(x, signal.SIG_DFL)\n"
+      f"{before}\nstopping.install()\n{body}",
     ],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    # A signal that this process ignores, its child would, too.
-    preexec_fn=lambda: [signal.signal(x, signal.SIG_DFL) for x in stopping.SIGNALS],
   )
   assert process.stdout.readline() == "ready\n", process.communicate()
   return process
