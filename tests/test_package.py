@@ -286,19 +286,17 @@ def test_the_wheel_holds_what_is_needed(tmp_path):
     *(str(path.relative_to(ROOT)) for path in (ROOT / "l2w_jax").rglob("*.py")),
   }
   assert not any(name.startswith(("tests", "configs")) for name in found)
-  done = subprocess.run(
-    [sys.executable, "-m", "l2w_jax", "--config=digits:lw2", "--workdir=none"],
-    cwd=tmp_path / "installed",
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert "config.method must be one of" in done.stderr
-  done = subprocess.run(
-    [sys.executable, "-m", "l2w_jax", "benchmark", "--help"],
-    cwd=tmp_path / "installed",
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert done.stdout.startswith("usage: ") and "--topology" in done.stdout
+
+  def run(*arguments):
+    return subprocess.run(
+      [sys.executable, "-m", "l2w_jax", *arguments],
+      cwd=tmp_path / "installed",
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+
+  refused = run("--config=digits:lw2", "--workdir=none")
+  assert "config.method must be one of" in refused.stderr
+  helped = run("benchmark", "--help")
+  assert helped.stdout.startswith("usage: ") and "--topology" in helped.stdout
