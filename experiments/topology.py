@@ -1,4 +1,4 @@
-r"""What the TPU's compiler says of a config's programs; no TPU is needed.
+r"""What the compiler of a TPU or a GPU says of a config's programs, without either.
 
     pip install "jax[tpu]"
     python experiments/topology.py configs/cifar100_msdnet.py --topology=v5e:2x4 \
@@ -11,10 +11,12 @@ compiler's own estimate of cycles and where they go, bytes of its arrays in memo
 over those of their values (a TPU pads), and instructions that it computes twice to
 save memory.
 
-Topologies: v5e:2x4 (one host), v5e:4x8 (eight hosts), v4:2x2x1, v5p:2x2x2, v6e:2x4.
-GPUs are not described here: on a machine with one, benchmark.py asks its compiler.
-Generating code for a large step takes tens of minutes; --hlo-only stops before it,
-when memory, collectives and fusions are known, and cycles are not.
+Topologies: v5e:2x4 (one host), v5e:4x8 (eight hosts), v4:2x2x1, v5p:2x2x2, v6e:2x4,
+and with the wheels of jax[cuda13] also a100:1x8, h100:1x8, h200:2x8 (two hosts of
+eight). A GPU's compiler estimates no cycles, and without a GPU it tries no
+algorithms of convolutions. A TPU's generates the code of a large step in
+tens of minutes; --hlo-only stops before that, when memory, collectives and fusions
+are known, and cycles are not.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,51 +58,107 @@ DUMP = "L2W_TOPOLOGY_DUMP"  # where --hlo-only reads what a process of it writes
 PROGRAMS = ("feed", "forward", "uniform", "l2w", "scorer")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-GPU = re.compile("(?i)cuda|gpu|rtx|g?[abhl][0-9]")
 SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\](\{[^}]*\})?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 
 
+class Gpu(NamedTuple):
+  """What XLA asks of a GPU, from its maker's data sheet and occupancy table."""
+
+  name: str
+  capability: int  # major version of its instructions
+  cores: int
+  lanes: int  # float32 units of a core
+  shared: int  # bytes of a core's shared memory, 1 KiB of which a block cannot take
+  cache: int  # bytes of L2
+  gigahertz: float
+  memory: int  # bytes
+  bandwidth: float  # bytes a second
+
+
+GPUS = {
+  "a100": Gpu(
+    "A100-SXM4-80GB", 8, 108, 64, 164 << 10, 40 << 20, 1.41, 80 << 30, 2.039e12
+  ),
+  "h100": Gpu(
+    "H100 80GB HBM3", 9, 132, 128, 228 << 10, 50 << 20, 1.98, 80 << 30, 3.352e12
+  ),
+  "h200": Gpu("H200", 9, 132, 128, 228 << 10, 50 << 20, 1.98, 141 * 10**9, 4.8e12),
+}
+
+
+def target_of(gpu: Gpu) -> str:
+  """What XLA asks of a GPU that is not there, as the text of a protocol buffer."""
+  return f"""
+    platform_name: "CUDA"
+    device_description_str: "NVIDIA {gpu.name}"
+    runtime_version {{ major: 13 }}
+    dnn_version_info {{ major: 9 minor: 12 }}
+    gpu_device_info {{
+      cuda_compute_capability {{ major: {gpu.capability} }}
+      core_count: {gpu.cores}
+      fpus_per_core: {gpu.lanes}
+      threads_per_warp: 32
+      threads_per_block_limit: 1024
+      threads_per_core_limit: 2048
+      block_dim_limit_x: {2**31 - 1}
+      block_dim_limit_y: 65535
+      block_dim_limit_z: 65535
+      registers_per_core_limit: 65536
+      registers_per_block_limit: 65536
+      shared_memory_per_block: {48 << 10}
+      shared_memory_per_block_optin: {gpu.shared - 1024}
+      shared_memory_per_core: {gpu.shared}
+      l2_cache_size: {gpu.cache}
+      clock_rate_ghz: {gpu.gigahertz}
+      device_memory_size: {gpu.memory}
+      memory_bandwidth: {gpu.bandwidth:.0f}
+    }}
+  """
+
+
 def describe(topology: str) -> list:
-  """The devices of a topology such as v5e:2x4.
+  """The devices of a topology such as v5e:2x4 or h100:1x8.
 
   Raises:
-    ValueError: no such topology, a GPU, or no libtpu.
+    ValueError: no such topology, or no compiler for it is installed.
   """
-  if GPU.match(topology):
-    raise ValueError(
-      f"--topology={topology}: only TPUs are described, such as v5e:2x4; a GPU's "
-      "compiler comes with the CUDA wheels of jax[cuda13], so on a machine "
-      "with the GPU run experiments/benchmark.py CONFIG --compile-only instead"
-    )
-  os.environ.update(
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_ACCELERATOR_TYPE="v5litepod-8",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_STDERR_LOG_LEVEL="3",
-    TPU_MIN_LOG_LEVEL="3",
-  )
   chip, _, sizes = topology.partition(":")
-  if chip not in CLOCK or not re.fullmatch(r"\d+x\d+(x\d+)?", sizes):
-    raise ValueError(
-      f"--topology={topology} must be CHIP:SIZES, such as v5e:2x4 or v4:2x2x1, "
-      f"with one of the chips {', '.join(CLOCK)}"
+  if chip in GPUS and re.fullmatch(r"[1-9]\d*x[1-9]\d*", sizes):
+    wheels = "cuda13"
+    asked = {
+      "platform": "cuda",
+      "target_config": target_of(GPUS[chip]),
+      "topology": f"1x{sizes}",
+    }
+  elif chip in CLOCK and re.fullmatch(r"\d+x\d+(x\d+)?", sizes):
+    wheels, asked = "tpu", {"platform": "tpu", "topology_name": topology}
+    os.environ.update(
+      TPU_SKIP_MDS_QUERY="1",
+      TPU_WORKER_HOSTNAMES="localhost",
+      TPU_ACCELERATOR_TYPE="v5litepod-8",
+      ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+      TPU_STDERR_LOG_LEVEL="3",
+      TPU_MIN_LOG_LEVEL="3",
     )
-  options = {}
-  sides = [int(n) for n in sizes.split("x")]
-  if chip == "v4":
-    options["chip_config_name"] = "megacore"
-  if len(sides) == 2 and math.prod(sides) <= 8:  # one host
-    options["chips_per_host_bounds"] = [*sides, 1]
+    sides = [int(n) for n in sizes.split("x")]
+    if chip == "v4":
+      asked["chip_config_name"] = "megacore"
+    if len(sides) == 2 and math.prod(sides) <= 8:  # one host
+      asked["chips_per_host_bounds"] = [*sides, 1]
+  else:
+    raise ValueError(
+      f"--topology={topology} must be CHIP:SIZES, such as v5e:2x4 or v4:2x2x1 with "
+      f"one of the TPUs {', '.join(CLOCK)}, or h100:1x8, hosts and GPUs of each, "
+      f"with one of {', '.join(GPUS)}"
+    )
   try:
-    return topologies.get_topology_desc(
-      platform="tpu", topology_name=topology, **options
-    ).devices
+    return topologies.get_topology_desc(**asked).devices
   except Exception as error:  # libtpu raises anything
     raise ValueError(
       f"no devices of {topology} can be described "
-      f"({str(error).splitlines()[0]}); pip install 'jax[tpu]=={jax.__version__}'"
+      f"({str(error).splitlines()[0]}); "
+      f"pip install 'jax[{wheels}]=={jax.__version__}'"
     ) from error
 
 
@@ -270,7 +329,7 @@ def facts_of(text: str, memory: dict[str, int], seconds: float) -> dict:
 
 def memory_of(folder: pathlib.Path) -> dict[str, int]:
   """Bytes in a chip's memory, from the assignment of buffers that XLA wrote."""
-  (path,) = folder.glob("*.after_optimizations-buffer-assignment.txt")
+  (path,) = folder.glob("*after_optimizations-buffer-assignment.txt")
   # Other memories than the chip's have a colour.
   sizes = re.findall(r"^allocation \d+: size (\d+), (\w+)", path.read_text(), re.M)
   found = collections.Counter()
@@ -289,7 +348,10 @@ def compiled(name: str, config, devices: list) -> dict:
   with tempfile.TemporaryDirectory() as place:
     folder = os.environ.get(DUMP, place)
     # Its own `memory_analysis` says 0 of what a step keeps.
-    program = lowered.compile(compiler_options={"xla_dump_to": folder})
+    options = {"xla_dump_to": folder}
+    if devices[0].platform != "tpu":
+      options["xla_gpu_autotune_level"] = 0  # there is no GPU to time it on
+    program = lowered.compile(compiler_options=options)
     memory = memory_of(pathlib.Path(folder))
   return facts_of(program.as_text(), memory, time.monotonic() - began)
 
@@ -309,7 +371,7 @@ def hlo_only(arguments: list[str], name: str) -> dict:
     try:
       while True:
         # The last file that is written before: the report of the memory.
-        reports = list(folder.glob("*.after_optimizations-memory-usage-report.txt"))
+        reports = list(folder.glob("*after_optimizations-memory-usage-report.txt"))
         ended = process.poll() is not None
         if reports and (ended or time.time() - reports[0].stat().st_mtime > 2):
           break
@@ -317,7 +379,7 @@ def hlo_only(arguments: list[str], name: str) -> dict:
           lines = said.read_text().strip().splitlines() or ["it said nothing"]
           raise ValueError(f"{name} could not be compiled: {lines[-1][:500]}")
         time.sleep(0.5)
-      (path,) = folder.glob("*.after_optimizations.txt")
+      (path,) = folder.glob("*after_optimizations.txt")
       return facts_of(path.read_text(), memory_of(folder), time.monotonic() - began)
     finally:
       process.kill()
@@ -329,13 +391,13 @@ def seconds_of_a_step(results: dict) -> dict[str, float]:
 
   Two half steps and the feed; what devices exchange is not in it.
   """
-  programs, clock = results["programs"], CLOCK[results["about"]["chip"]]
+  programs, chip = results["programs"], results["about"]["chip"]
 
   def cycles(name):
     return sum(programs[name]["cycles"].values())
 
   return {
-    name: (2 * cycles(name) + cycles("feed")) / clock
+    name: (2 * cycles(name) + cycles("feed")) / CLOCK[chip]
     for name in ("uniform", "l2w")
     if {name, "feed"} <= programs.keys() and cycles(name)
   }
@@ -362,7 +424,8 @@ def table(results: dict, earlier: dict | None = None) -> str:
       f"{name:9}{facts['compile_seconds']:10.0f}"
       f"{facts['temporary_bytes'] / 2**20:10.1f}"
       f"{f'{number}, {exchanged / 2**20:.2f} MiB':>18}"
-      f"{total / 1e6:10.3f}{shares[0]:>6}{shares[1]:>7}{shares[2]:>6}{shares[3]:>7}"
+      f"{f'{total / 1e6:.3f}' if total else '–':>10}"
+      f"{shares[0]:>6}{shares[1]:>7}{shares[2]:>6}{shares[3]:>7}"
       f"{facts['padded']:8.2f}{facts['rematerialised']:6}{facts['fusions']:9,}"
     )
     before = (earlier or {}).get("programs", {}).get(name)
@@ -382,7 +445,8 @@ def table(results: dict, earlier: dict | None = None) -> str:
       f"{rate:,.0f} images/s, without what is exchanged"
     )
   chip = results["about"]["chip"]
-  lines.append(f"memory of a {chip} chip: {HBM[chip]} GiB")
+  memory = HBM[chip] if chip in HBM else GPUS[chip].memory / 2**30
+  lines.append(f"memory of a {chip} chip: {memory:.0f} GiB")
   return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a TPU's compiler makes of the programs; skipped without libtpu.
+"""What a TPU's and a GPU's compiler make of the programs; skipped without them.
 
 Each program is compiled in a process of its own, as libtpu can be loaded once.
 """
@@ -15,12 +15,14 @@ from conftest import ROOT, TINY
 sys.path.insert(0, str(ROOT / "experiments"))
 import topology  # noqa: E402
 
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-  ),
-]
+pytestmark = pytest.mark.slow
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+needs_cuda = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="the wheels of jax[cuda13] are not installed",
+)
 
 
 def compile_for(tmp_path, config, program, described, *extra, **overrides):
@@ -48,6 +50,7 @@ def number(facts, kind):
   return facts["collectives"].get(kind, {"number": 0})["number"]
 
 
+@needs_libtpu
 def test_the_feed_makes_no_copy_of_the_set_and_has_no_loop(tmp_path):
   about, facts = compile_for(tmp_path, "cifar100_msdnet", "feed", "v5e:2x4")
   assert (about["devices"], about["hosts"]) == (8, 1)
@@ -57,7 +60,15 @@ def test_the_feed_makes_no_copy_of_the_set_and_has_no_loop(tmp_path):
   assert facts["padded"] < 1.5
 
 
-@pytest.mark.parametrize("described, hosts", [("v5e:2x4", 1), ("v5e:4x4", 4)])
+@pytest.mark.parametrize(
+  "described, hosts",
+  [
+    pytest.param("v5e:2x4", 1, marks=needs_libtpu),
+    pytest.param("v5e:4x4", 4, marks=needs_libtpu),
+    pytest.param("h100:1x8", 1, marks=needs_cuda),
+    pytest.param("a100:2x4", 2, marks=needs_cuda),
+  ],
+)
 def test_a_small_step_exchanges_one_message_for_each_batchnorm(
   tmp_path, described, hosts
 ):
@@ -79,6 +90,7 @@ def test_a_small_step_exchanges_one_message_for_each_batchnorm(
   assert facts["rematerialised"] == 0
 
 
+@needs_libtpu
 def test_before_code_is_generated_all_but_cycles_is_known(tmp_path):
   asked = tmp_path, "digits_plain", "uniform", "v5e:2x4"
   overrides = TINY | {"batch": 2048}
@@ -90,6 +102,7 @@ def test_before_code_is_generated_all_but_cycles_is_known(tmp_path):
     assert early[name] == whole[name]
 
 
+@needs_libtpu
 def test_the_scorer_compiles_for_four_hosts(tmp_path):
   about, facts = compile_for(tmp_path, "digits_plain", "scorer", "v5e:4x4", **TINY)
   assert (about["devices"], about["hosts"]) == (16, 4)
@@ -97,14 +110,18 @@ def test_the_scorer_compiles_for_four_hosts(tmp_path):
   assert number(facts, "all-gather") <= 1
 
 
-@pytest.mark.parametrize("gpu", ["h100", "H200:1x8", "cuda", "a100:8", "gb200"])
-def test_a_gpu_is_one_clear_error(gpu):
-  with pytest.raises(ValueError, match=f"={gpu}: only TPUs .* --compile-only"):
-    topology.describe(gpu)
-
-
-def test_an_unknown_topology_is_one_clear_error():
+@pytest.mark.parametrize("unknown", ["v9:2x4", "h100", "gpu:1x8", "h100:0x8"])
+def test_an_unknown_topology_is_one_clear_error(unknown):
   with pytest.raises(
-    ValueError, match="v9:2x4 must be CHIP:SIZES, such as v5e:2x4"
+    ValueError, match=f"={unknown} must be CHIP:SIZES, .*h100:1x8"
   ):
-    topology.describe("v9:2x4")
+    topology.describe(unknown)
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is not None,
+  reason="the wheels of jax[cuda13] are installed",
+)
+def test_a_gpu_without_its_wheels_is_one_clear_error():
+  with pytest.raises(ValueError, match=r"h100:1x8 .* pip install 'jax\[cuda13\]=="):
+    topology.describe("h100:1x8")
