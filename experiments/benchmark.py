@@ -10,8 +10,9 @@ stored when it is done, and compiled programs in a folder beside the file; the s
 command again does only what is missing. --remat adds both steps with model.remat,
 --pytorch the same forward pass and steps in plain PyTorch (pytorch_step.py, pip
 install "l2w_jax[torch]"), run in turn with ours, and --compile-only times nothing:
-it needs no memory for the images, so any size can be asked. --topology=v5e:2x4 asks
-the compiler of a TPU that need not be there, with the options of topology.py.
+it needs no memory for the images, so any size can be asked. --topology=v5e:2x4
+(or h100:1x8) asks the compiler of a TPU (or GPU) that need not be there, with the
+options of topology.py.
 
 A step is two calls of one program, its half step. Milliseconds and operations,
 which are XLA's own count, are those of both; memory is what the program needs

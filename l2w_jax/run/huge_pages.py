@@ -15,7 +15,7 @@ def use() -> None:
 
   XLA on CPUs allocates the temporary memory of a program at every call, and Linux
   faults it in page by page: with 2 MiB pages a plain step of a network for CIFAR
-  takes a fifth less time (docs/speed.md). glibc reads the setting only when a
+  takes a seventh less time (docs/speed.md). glibc reads the setting only when a
   process starts. A GLIBC_TUNABLES of one's own, also an empty one, is left alone.
   """
   if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
