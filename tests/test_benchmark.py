@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
@@ -114,3 +115,19 @@ def test_what_pytorch_is_not_written_for(tmp_path, change):
   ((key, value),) = change.items()
   with pytest.raises(ValueError, match=f"{key}=.*not {value!r}"):
     benchmark.run(CONFIG, change, tmp_path / "x.json", pytorch=True)
+
+
+def test_images_of_ones_own_give_their_shape_and_classes(tmp_path):
+  path = tmp_path / "own.npz"
+  images = np.zeros((40, 12, 10, 3), np.uint8)
+  images[::2] = 9
+  labels = np.arange(40) % 4
+  np.savez(
+    path,
+    **{f"{split}_images": images for split in ("train", "test")},
+    **{f"{split}_labels": labels for split in ("train", "test")},
+  )
+  config = benchmark.l2w.load_config(
+    CONFIG, {"data.source": f"npz:{path}", "data.calibration": 8}
+  )
+  assert benchmark.shape_and_classes(config) == ((12, 10, 3), 4)
