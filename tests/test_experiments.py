@@ -21,9 +21,17 @@ def commands(page: str) -> list[str]:
 
 
 PAGE = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
+OTHERS = [
+  line
+  for path in sorted([ROOT / "README.md", *ROOT.glob("*/*.md")])
+  if path != ROOT / "experiments/README.md"
+  for line in commands(path.read_text(encoding="utf-8"))
+  if line.startswith(("python experiments/", "l2w-jax compare "))
+]
 
 
 def check(command: str) -> None:
+  command = command.replace("l2w-jax compare", "python -m l2w_jax.compare")
   python, *words = shlex.split(command)
   assert python == "python"
   if words[0] == "-m":
@@ -34,6 +42,10 @@ def check(command: str) -> None:
   if script == ROOT / "experiments/compare.py":
     script = pathlib.Path(compare.__file__)
   source = script.read_text(encoding="utf-8")
+  if "options import config_parser" in source:
+    source += (ROOT / "experiments/options.py").read_text(encoding="utf-8")
+  if any(word.startswith("--topology=") for word in words):
+    source += (ROOT / "experiments/topology.py").read_text(encoding="utf-8")
   defined = set(DEFINED.findall(source))
   flags, overrides = {}, {}
   for word in words:
@@ -92,7 +104,7 @@ def test_there_is_a_command_for_every_published_item():
   assert "--mode=latency" in found
 
 
-@pytest.mark.parametrize("command", commands(PAGE))
+@pytest.mark.parametrize("command", commands(PAGE) + OTHERS)
 def test_every_command_would_start(command, monkeypatch):
   monkeypatch.chdir(ROOT)
   check(command)

@@ -51,7 +51,7 @@ def test_no_answer_follows_its_question():
 
 def test_its_address_is_one():
   (address,) = re.findall('^REPOSITORY = "(.+?)"', source("install"), re.MULTILINE)
-  for page in ("mkdocs.yml", "CONTRIBUTING.md"):
+  for page in ("mkdocs.yml", "CONTRIBUTING.md", "pyproject.toml"):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert re.findall(r"https://github\.com/[^/]+/l2w_jax\b", text) == [address]
   badges = re.findall(
