@@ -44,7 +44,9 @@ def config_parser(
 ) -> argparse.ArgumentParser:
   """A parser that takes a config and --set, behind one of `commands` if any."""
   parser = argparse.ArgumentParser(
-    description=description, formatter_class=argparse.RawTextHelpFormatter
+    description=description,
+    formatter_class=argparse.RawTextHelpFormatter,
+    allow_abbrev=False,
   )
   if commands:
     parser.add_argument("what", choices=commands)

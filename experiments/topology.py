@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -47,6 +48,8 @@ from l2w_jax.training.step import make_half_step
 
 NUM_TRAIN = {"tfds:imagenet2012": 1_231_167}  # images; of other sets 45,000
 STEPS_PER_EPOCH = 1000
+FLAT = ("v5e", "v6e")  # chips in a plane
+SIDES = {True: r"[1-9]\d*x[1-9]\d*", False: r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?"}
 CLOCK = {
   "v5e": 1.5e9,
   "v4": 1.05e9,
@@ -56,6 +59,7 @@ CLOCK = {
 HBM = {"v5e": 16, "v4": 32, "v5p": 95, "v6e": 32}  # GiB of a chip
 DUMP = "L2W_TOPOLOGY_DUMP"  # where --hlo-only reads what a process of it writes
 PROGRAMS = ("feed", "forward", "uniform", "l2w", "scorer")
+EXAMPLES = {"tpu": "v5e:2x4, v4:2x2x1 or v5p:2x2x2", "cuda13": "h100:1x8"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\](\{[^}]*\})?")
@@ -125,14 +129,15 @@ def describe(topology: str) -> list:
   """
   chip, _, sizes = topology.partition(":")
   if chip in GPUS and re.fullmatch(r"[1-9]\d*x[1-9]\d*", sizes):
-    wheels = "cuda13"
+    wheels, plugin = "cuda13", "jax_cuda13_plugin"
     asked = {
       "platform": "cuda",
       "target_config": target_of(GPUS[chip]),
       "topology": f"1x{sizes}",
     }
-  elif chip in CLOCK and re.fullmatch(r"\d+x\d+(x\d+)?", sizes):
-    wheels, asked = "tpu", {"platform": "tpu", "topology_name": topology}
+  elif chip in CLOCK and re.fullmatch(SIDES[chip in FLAT], sizes):
+    wheels, plugin = "tpu", "libtpu"
+    asked = {"platform": "tpu", "topology_name": topology}
     os.environ.update(
       TPU_SKIP_MDS_QUERY="1",
       TPU_WORKER_HOSTNAMES="localhost",
@@ -155,10 +160,15 @@ def describe(topology: str) -> list:
   try:
     return topologies.get_topology_desc(**asked).devices
   except Exception as error:  # libtpu raises anything
+    missing = importlib.util.find_spec(plugin) is None
     raise ValueError(
       f"no devices of {topology} can be described "
       f"({str(error).splitlines()[0]}); "
-      f"pip install 'jax[{wheels}]=={jax.__version__}'"
+      + (
+        f"pip install 'jax[{wheels}]=={jax.__version__}'"
+        if missing
+        else f"choose sizes that {chip} is made in, such as {EXAMPLES[wheels]}"
+      )
     ) from error
 
 
@@ -243,20 +253,10 @@ class Hlo:
   def cycles(self) -> dict[str, int]:
     """Estimated cycles by kind; loops count as often as they turn."""
     found = collections.Counter()
-    self._add(self.entry, 1, found)
-    return dict(found)
-
-  def _add(self, name, times, found):
-    for _, _, opcode, _, line in self.computations[name]:
-      if opcode == "while":
-        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        body = re.search(r"body=%?([\w.\-]+)", line)[1]
-        self._add(body, times * int(trips[1] if trips else 1), found)
-      elif opcode == "conditional":
-        for branch in re.findall(r"branch_computations=\{([^}]*)\}", line):
-          self._add(branch.split(",")[0].strip(" %"), times, found)
-      elif estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
+    for times, opcode, _, line in self._executed(self.entry):
+      if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
         found[self._kind(opcode, line)] += times * int(estimate[1])
+    return dict(found)
 
   def _kind(self, opcode, line):
     called = re.search(r"calls=%?([\w.\-]+)", line)
@@ -276,14 +276,29 @@ class Hlo:
   def collectives(self) -> dict[str, dict[str, int]]:
     """{kind: number and bytes of a device} of what devices exchange."""
     found = {}
-    for lines in self.computations.values():
-      for _, shape, opcode, _, _ in lines:
-        kind = opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-          one = found.setdefault(kind, {"number": 0, "bytes": 0})
-          one["number"] += 1
-          one["bytes"] += sum(logical for logical, _ in sizes(shape))
+    for times, opcode, shape, _ in self._executed(self.entry):
+      kind = opcode.removesuffix("-start")
+      if kind in COLLECTIVES:
+        one = found.setdefault(kind, {"number": 0, "bytes": 0})
+        one["number"] += times
+        one["bytes"] += times * sum(logical for logical, _ in sizes(shape))
     return found
+
+  def _executed(self, name, times=1):
+    """(times, opcode, shape, line) of what runs; loops count as they turn."""
+    for _, shape, opcode, _, line in self.computations[name]:
+      if opcode == "while":
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        body = re.search(r"body=%?([\w.\-]+)", line)[1]
+        yield from self._executed(body, times * int(trips[1] if trips else 1))
+      elif opcode == "conditional":
+        for branch in re.findall(r"branch_computations=\{([^}]*)\}", line):
+          yield from self._executed(branch.split(",")[0].strip(" %"), times)
+      elif opcode == "call":
+        called = re.search(r"to_apply=%?([\w.\-]+)", line)[1]
+        yield from self._executed(called, times)
+      else:
+        yield times, opcode, shape, line
 
   def padding(self) -> float:
     """Bytes of the entry's arrays in memory, over those of their values."""

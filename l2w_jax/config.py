@@ -166,7 +166,7 @@ _EVERY_MODEL = {
   "dtype": _choice(
     "float32",
     ("float32", "bfloat16"),
-    "of images, convolutions and activations; all else stays float32",
+    "of images, convolutions and activations; all else is float32",
   ),
   "precision": _choice(
     "default",

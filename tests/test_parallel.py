@@ -716,14 +716,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-  ("batch", "num_devices", "fuller"),
+  ("batch", "num_devices", "num_parts", "fuller"),
   [
-    (1024, 8, 2048),
-    (2048, 8, None),
-    (1024, 4, None),
-    (256, 1, None),
-    (4096, 8, None),
+    (1024, 8, 1, 2048),
+    (2048, 8, 1, None),
+    (1024, 4, 1, None),
+    (256, 1, 1, None),
+    (4096, 8, 1, None),
+    (4096, 8, 2, None),
+    (4096, 8, 4, 8192),
   ],
 )
-def test_a_batch_that_fills_the_lanes_of_a_tpu(batch, num_devices, fuller):
-  assert parallel.fuller_batch(batch, num_devices) == fuller
+def test_a_batch_that_fills_the_lanes_of_a_tpu(
+  batch, num_devices, num_parts, fuller
+):
+  assert parallel.fuller_batch(batch, num_devices, num_parts) == fuller

@@ -124,13 +124,13 @@ def check_batch(batch: int, num_devices: int, num_parts: int = 1) -> None:
     )
 
 
-def fuller_batch(batch: int, num_devices: int) -> int | None:
+def fuller_batch(batch: int, num_devices: int, num_parts: int = 1) -> int | None:
   """The nearest loader batch that fills a TPU's lanes; None if this one does.
 
-  Images lie in its 128 lanes, so half a batch should be a multiple of that on each
-  device: 64 images take it as long as 128.
+  Images lie in its 128 lanes, so each of `num_parts` parts of half a batch should
+  be a multiple of that on each device: 64 images take it as long as 128.
   """
-  unit = 2 * num_devices * LANES
+  unit = 2 * num_devices * num_parts * LANES
   return max(1, round(batch / unit)) * unit if batch % unit else None
 
 

@@ -213,11 +213,13 @@ class _Loop:
       ) as self._progress,
     ):
       self._progress.note(backend.describe(self._num_devices))
-      fuller = parallel.fuller_batch(config.batch, self._num_devices)
+      parts = self._num_devices, config.microbatches
+      fuller = parallel.fuller_batch(config.batch, *parts)
       if fuller and jax.default_backend() == "tpu":
         self._progress.note(
-          f"{config.batch // (2 * self._num_devices)} images a device fill a TPU's "
-          f"{parallel.LANES} lanes in part; config.batch={fuller} fills them"
+          f"{config.batch // (2 * math.prod(parts))} images a device at a time "
+          f"fill a TPU's {parallel.LANES} lanes in part; "
+          f"config.batch={fuller} fills them"
         )
       if restored is None:
         state = init_state(keys.init, self._backbone, config)
