@@ -5,11 +5,11 @@ r"""What the compiler of a TPU or a GPU says of a config's programs, without eit
         --out v5e.json --against earlier.json
 
 compiles the resident feed, a forward pass in training, the half steps of uniform
-and l2w, and the scorer of the evaluation for devices that are only described, and
-prints for each, per device: temporary memory, collectives and their bytes, the
-compiler's own estimate of cycles and where they go, bytes of its arrays in memory
-over those of their values (a TPU pads), and instructions that it computes twice to
-save memory.
+and l2w, the scorer of the evaluation, and on one device the exported stages of an
+early exit, for devices that are only described, and prints for each, per device:
+temporary memory, collectives and their bytes as often as they run, the compiler's
+own estimate of cycles and where they go, bytes of its arrays in memory over those
+of their values (a TPU pads), and instructions it computes twice to save memory.
 
 Topologies: v5e:2x4 (one host), v5e:4x8 (eight hosts), v4:2x2x1, v5p:2x2x2, v6e:2x4,
 and with the wheels of jax[cuda13] also a100:1x8, h100:1x8, h200:2x8 (two hosts of
@@ -42,6 +42,7 @@ from options import config_parser, shape_and_classes
 
 import l2w_jax as l2w
 from l2w_jax.data import augment, resident
+from l2w_jax.exits import export
 from l2w_jax.run import files, parallel
 from l2w_jax.run.command import one_line_errors
 from l2w_jax.training.step import make_half_step
@@ -58,7 +59,7 @@ CLOCK = {
 }  # cycles a second
 HBM = {"v5e": 16, "v4": 32, "v5p": 95, "v6e": 32}  # GiB of a chip
 DUMP = "L2W_TOPOLOGY_DUMP"  # where --hlo-only reads what a process of it writes
-PROGRAMS = ("feed", "forward", "uniform", "l2w", "scorer")
+PROGRAMS = ("feed", "forward", "uniform", "l2w", "scorer", "stages")
 EXAMPLES = {"tpu": "v5e:2x4, v4:2x2x1 or v5p:2x2x2", "cuda13": "h100:1x8"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
@@ -172,8 +173,37 @@ def describe(topology: str) -> list:
     ) from error
 
 
+def lower_stages(config, device):
+  """All exported stages, one after the other on one device."""
+  shape, classes = shape_and_classes(config)
+  backbone = l2w.build_backbone(config.model, classes, shape)
+  network = l2w.early_exit.EarlyExit(
+    backbone,
+    backbone.init(jax.random.key(0)),
+    thresholds=[0.5] * (backbone.num_exits - 1) + [-math.inf],
+    mean=[127.0] * shape[-1],
+    std=[70.0] * shape[-1],
+  )
+  exported = export.export_stages(network)
+
+  def function(images):
+    arrays = [images]
+    for stage in exported:
+      arrays = stage.call(arrays)
+    return arrays
+
+  images = jax.ShapeDtypeStruct(
+    (config.evaluate.batch, *shape),
+    jnp.uint8,
+    sharding=jax.sharding.SingleDeviceSharding(device),
+  )
+  return jax.jit(function).lower(images)
+
+
 def lower(name: str, config, devices: list):
-  """A program of `PROGRAMS`, lowered for all devices."""
+  """A program of `PROGRAMS`, lowered for all devices; stages for the first."""
+  if name == "stages":
+    return lower_stages(config, devices[0])
   shape, classes = shape_and_classes(config)
   n, struct = len(devices), jax.ShapeDtypeStruct
   parallel.check_batch(config.batch, n, config.microbatches)
@@ -284,13 +314,20 @@ class Hlo:
         one["bytes"] += times * sum(logical for logical, _ in sizes(shape))
     return found
 
+  def _turns(self, line):
+    """How often a loop turns: known, or the one constant of its condition."""
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+    condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
+    lines = [known[0]] if known else [x[-1] for x in self.computations[condition]]
+    limits = re.findall(r'(?: constant\(|"n":")(\d+)', "\n".join(lines))
+    return int(limits[0]) if len(limits) == 1 else 1
+
   def _executed(self, name, times=1):
     """(times, opcode, shape, line) of what runs; loops count as they turn."""
     for _, shape, opcode, _, line in self.computations[name]:
       if opcode == "while":
-        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         body = re.search(r"body=%?([\w.\-]+)", line)[1]
-        yield from self._executed(body, times * int(trips[1] if trips else 1))
+        yield from self._executed(body, times * self._turns(line))
       elif opcode == "conditional":
         for branch in re.findall(r"branch_computations=\{([^}]*)\}", line):
           yield from self._executed(branch.split(",")[0].strip(" %"), times)
@@ -418,6 +455,27 @@ def seconds_of_a_step(results: dict) -> dict[str, float]:
   }
 
 
+def messages(facts: dict) -> tuple[int, int]:
+  """(number, bytes) of all collectives of a program."""
+  found = facts["collectives"].values()
+  return sum(x["number"] for x in found), sum(x["bytes"] for x in found)
+
+
+def read_earlier(path: pathlib.Path) -> dict:
+  """Results of --out.
+
+  Raises:
+    ValueError: another kind of file.
+  """
+  try:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["about"]["topology"] and isinstance(results["programs"], dict):
+      return results
+  except (ValueError, TypeError, KeyError):
+    pass
+  raise ValueError(f"--against={path} is no result of --topology and --out")
+
+
 def table(results: dict, earlier: dict | None = None) -> str:
   """The results as text; with earlier ones, as ratios to them too."""
   lines = [
@@ -429,8 +487,7 @@ def table(results: dict, earlier: dict | None = None) -> str:
   for name, facts in results["programs"].items():
     cycles = facts["cycles"]
     total = sum(cycles.values())
-    number = sum(x["number"] for x in facts["collectives"].values())
-    exchanged = sum(x["bytes"] for x in facts["collectives"].values())
+    number, exchanged = messages(facts)
     shares = [
       f"{100 * cycles.get(kind, 0) / total:.0f}%" if total else "–"
       for kind in ("convolutions", "reductions", "elementwise", "copies")
@@ -448,10 +505,11 @@ def table(results: dict, earlier: dict | None = None) -> str:
       pairs = {
         "temporary memory": (facts["temporary_bytes"], before["temporary_bytes"]),
         "cycles": (total, sum(before["cycles"].values())),
+        "messages": (number, messages(before)[0]),
         "fusions": (facts["fusions"], before["fusions"]),
         "compile time": (facts["compile_seconds"], before["compile_seconds"]),
       }
-      told = [f"{what} {a / b:.2f}" for what, (a, b) in pairs.items() if b]
+      told = [f"{what} {a / b:.2f}" for what, (a, b) in pairs.items() if a and b]
       lines.append(f"{'':9}of the earlier: {', '.join(told)}")
   for name, seconds in seconds_of_a_step(results).items():
     rate = results["about"]["batch"] / seconds
@@ -481,7 +539,7 @@ def main(arguments=None) -> None:
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
   with one_line_errors():
-    earlier = options.against and json.loads(options.against.read_text())
+    earlier = options.against and read_earlier(options.against)
     devices = describe(options.topology)
     chip = options.topology.partition(":")[0]
 
@@ -511,6 +569,9 @@ def main(arguments=None) -> None:
       if options.out:
         files.write(options.out, json.dumps(results, indent=2) + "\n")
     print(table(results, earlier))
+    for key, given in results["about"].items():
+      if earlier and earlier["about"].get(key) != given:
+        print(f"{key}: {given}, earlier {earlier['about'].get(key)}")
 
 
 if __name__ == "__main__":
