@@ -1,5 +1,6 @@
 """The notebook runs from top to bottom, as a reader would run it."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -66,6 +67,8 @@ def test_without_an_address_the_install_cell_says_so(tmp_path, monkeypatch):
   code = source("install").replace(
     "https://github.com/", "https://github.com/OWNER/"
   )
+  exec(code, {})  # the package is installed: nothing to do
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(SystemExit, match="^Set REPOSITORY .*[.]$"):
     exec(code, {})
 

@@ -258,13 +258,45 @@ def test_a_rule_that_is_not_there_is_told_before_anything_else(
     )
 
 
+def copy_of_sources(tmp_path):
+  ignored = shutil.ignore_patterns(
+    ".git", "__pycache__", ".pytest_cache", "build", "runs", "*.egg-info"
+  )
+  return shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+
+
+@pytest.mark.slow
+def test_the_tests_run_from_the_sdist(tmp_path):
+  pytest.importorskip("setuptools")
+  build = "from setuptools import build_meta; build_meta.build_sdist('..')"
+  subprocess.run(
+    [sys.executable, "-c", build],
+    cwd=copy_of_sources(tmp_path),
+    check=True,
+    capture_output=True,
+    timeout=300,
+  )
+  (archive,) = tmp_path.glob("l2w_jax-*.tar.gz")
+  shutil.unpack_archive(archive, tmp_path, filter="data")
+  (unpacked,) = tmp_path.glob("l2w_jax-*/")
+  done = subprocess.run(
+    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    + ["tests/test_readme.py::test_links_lead_somewhere"]
+    + ["tests/test_notebook.py::test_its_address_is_one"]
+    + ["tests/test_experiments.py", "tests/test_imports.py"],
+    cwd=unpacked,
+    env=os.environ | {"PYTHONPATH": str(unpacked)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_what_is_needed(tmp_path):
   pytest.importorskip("setuptools")
-  ignored = shutil.ignore_patterns(
-    ".git", "__pycache__", ".pytest_cache", "build", "runs"
-  )
-  source = shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+  source = copy_of_sources(tmp_path)
   subprocess.run(
     [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     + ["--quiet", "--no-index", "--wheel-dir", tmp_path, source],
