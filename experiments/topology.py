@@ -7,9 +7,11 @@ r"""What the compiler of a TPU or a GPU says of a config's programs, without eit
 compiles the resident feed, a forward pass in training, the half steps of uniform
 and l2w, the scorer of the evaluation, and on one device the exported stages of an
 early exit, for devices that are only described, and prints for each, per device:
-temporary memory, collectives and their bytes as often as they run, the compiler's
-own estimate of cycles and where they go, bytes of its arrays in memory over those
-of their values (a TPU pads), and instructions it computes twice to save memory.
+temporary memory and, with arguments, its share of the device's, collectives and
+their bytes as often as they run, the compiler's own estimate of cycles and where
+they go (in loops: those that turn more than once), bytes of its arrays in memory
+over those of their values (a TPU pads), and instructions it computes twice to save
+memory.
 
 Topologies: v5e:2x4 (one host), v5e:4x8 (eight hosts), v4:2x2x1, v5p:2x2x2, v6e:2x4,
 and with the wheels of jax[cuda13] also a100:1x8, h100:1x8, h200:2x8 (two hosts of
@@ -280,13 +282,14 @@ class Hlo:
     )
     self.text = text
 
-  def cycles(self) -> dict[str, int]:
-    """Estimated cycles by kind; loops count as often as they turn."""
-    found = collections.Counter()
+  def cycles(self) -> tuple[dict[str, int], int]:
+    """(estimated cycles by kind, those in loops), as often as loops turn."""
+    found, in_loops = collections.Counter(), 0
     for times, opcode, _, line in self._executed(self.entry):
       if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
         found[self._kind(opcode, line)] += times * int(estimate[1])
-    return dict(found)
+        in_loops += times * int(estimate[1]) if times > 1 else 0
+    return dict(found), in_loops
 
   def _kind(self, opcode, line):
     called = re.search(r"calls=%?([\w.\-]+)", line)
@@ -368,6 +371,7 @@ def sizes(shape: str) -> list[tuple[int, int]]:
 def facts_of(text: str, memory: dict[str, int], seconds: float) -> dict:
   """What is stored of a program."""
   hlo = Hlo(text)
+  cycles, in_loops = hlo.cycles()
   return {
     "compile_seconds": seconds,
     **memory,
@@ -375,7 +379,8 @@ def facts_of(text: str, memory: dict[str, int], seconds: float) -> dict:
     "rematerialised": hlo.rematerialised,
     "padded": hlo.padding(),
     "collectives": hlo.collectives(),
-    "cycles": hlo.cycles(),
+    "cycles": cycles,
+    "cycles_in_loops": in_loops,
   }
 
 
@@ -478,26 +483,29 @@ def read_earlier(path: pathlib.Path) -> dict:
 
 def table(results: dict, earlier: dict | None = None) -> str:
   """The results as text; with earlier ones, as ratios to them too."""
+  chip = results["about"]["chip"]
+  memory = HBM[chip] if chip in HBM else GPUS[chip].memory / 2**30
   lines = [
-    f"{'program':9}{'compile s':>10}{'temp MiB':>10}{'exchanged':>18}"
+    f"{'program':9}{'compile s':>10}{'temp MiB':>10}{'memory':>8}{'exchanged':>18}"
     f"{'M cycles':>10}"
-    f"{'conv':>6}{'reduce':>7}{'elem.':>6}{'copies':>7}{'padded':>8}{'again':>6}"
-    f"{'fusions':>9}"
+    f"{'conv':>6}{'reduce':>7}{'elem.':>6}{'copies':>7}{'gather':>7}{'loops':>6}"
+    f"{'padded':>8}{'again':>6}{'fusions':>9}"
   ]
   for name, facts in results["programs"].items():
     cycles = facts["cycles"]
     total = sum(cycles.values())
     number, exchanged = messages(facts)
-    shares = [
-      f"{100 * cycles.get(kind, 0) / total:.0f}%" if total else "–"
-      for kind in ("convolutions", "reductions", "elementwise", "copies")
-    ]
+    used = (facts["temporary_bytes"] + facts["argument_bytes"]) / (memory * 2**30)
+    kinds = "convolutions", "reductions", "elementwise", "copies", "gathers"
+    parts = [cycles.get(kind, 0) for kind in kinds] + [facts["cycles_in_loops"]]
+    shares = [f"{part / total:.0%}" if total else "–" for part in parts]
     lines.append(
       f"{name:9}{facts['compile_seconds']:10.0f}"
-      f"{facts['temporary_bytes'] / 2**20:10.1f}"
+      f"{facts['temporary_bytes'] / 2**20:10.1f}{used:>8.1%}"
       f"{f'{number}, {exchanged / 2**20:.2f} MiB':>18}"
       f"{f'{total / 1e6:.3f}' if total else '–':>10}"
-      f"{shares[0]:>6}{shares[1]:>7}{shares[2]:>6}{shares[3]:>7}"
+      f"{shares[0]:>6}{shares[1]:>7}{shares[2]:>6}{shares[3]:>7}{shares[4]:>7}"
+      f"{shares[5]:>6}"
       f"{facts['padded']:8.2f}{facts['rematerialised']:6}{facts['fusions']:9,}"
     )
     before = (earlier or {}).get("programs", {}).get(name)
@@ -517,9 +525,7 @@ def table(results: dict, earlier: dict | None = None) -> str:
       f"{name}: {1e3 * seconds:.2f} ms a loader batch by the estimated cycles, "
       f"{rate:,.0f} images/s, without what is exchanged"
     )
-  chip = results["about"]["chip"]
-  memory = HBM[chip] if chip in HBM else GPUS[chip].memory / 2**30
-  lines.append(f"memory of a {chip} chip: {memory:.0f} GiB")
+  lines.append(f"memory: temporary and arguments, of {memory:.0f} GiB of a {chip}")
   return "\n".join(lines)
 
 

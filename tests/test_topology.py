@@ -124,6 +124,42 @@ def test_messages_in_a_loop_count_as_often_as_it_turns(tmp_path):
   assert number(parts, "all-reduce") > 1.7 * number(whole, "all-reduce")
 
 
+MODULE = """HloModule toy
+
+%body (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %twice = f32[8,128]{1,0:T(8,128)} add(%x, %x), "estimated_cycles":"100"
+}
+
+%condition (x: f32[8,128]) -> pred[] {
+  %y = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %no = pred[] constant(false)
+}
+
+ENTRY %main (a: f32[8,64]) -> f32[8,128] {
+  %a = f32[8,64]{1,0:T(8,128)} parameter(0)
+  %sum = f32[8,64]{1,0:T(8,128)} all-reduce(%a), to_apply=%add
+  %rows = f32[8,128]{1,0:T(8,128)} gather(%sum), "estimated_cycles":"700"
+  ROOT %loop = f32[8,128]{1,0:T(8,128)} while(%rows), condition=%condition, \
+body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_a_table_says_the_share_of_memory_and_where_cycles_go():
+  memory = {"temporary_bytes": 3 * 2**30, "argument_bytes": 2**30}
+  facts = topology.facts_of(MODULE, memory, 1.0)
+  assert facts["cycles"] == {"gathers": 700, "elementwise": 300}
+  assert facts["cycles_in_loops"] == 300
+  assert facts["collectives"] == {"all-reduce": {"number": 1, "bytes": 8 * 64 * 4}}
+  assert facts["padded"] == 4 / 3  # the first two arrays have half of their lanes
+  about = {"chip": "v5e", "batch": 128}
+  said = topology.table({"about": about, "programs": {"toy": facts}}).split("\n")
+  row = said[1].split()
+  assert row[:4] == ["toy", "1", "3072.0", "25.0%"]
+  assert row[-9:] == ["0%", "0%", "30%", "0%", "70%", "30%", "1.33", "0", "0"]
+
+
 def test_results_of_another_kind_are_refused_before_anything_compiles(tmp_path):
   path = tmp_path / "benchmark.json"
   path.write_text('{"about": {}, "programs": ["forward"]}')

@@ -175,6 +175,26 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_a_batch_that_leaves_lanes_of_a_tpu_empty_is_said_once(
+  rarely, tmp_path, monkeypatch, capsys
+):
+  config = rarely[1].copy_and_resolve_references()
+  config.epochs, config.method = 1, "uniform"
+  monkeypatch.setattr(stopping, "asked", Stops(1))
+  monkeypatch.setattr(train.parallel, "LANES", 2 * config.batch)
+  for platform, times in ("cpu", 0), ("tpu", 1):
+    monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+    with pytest.raises(SystemExit):
+      train.train(tmp_path / platform, config)
+    said = capsys.readouterr().err
+    half, lanes, batch = (config.batch * n for n in (0.5, 2, 4))
+    line = (
+      f"{half:.0f} images a device at a time fill a TPU's {lanes} lanes in part; "
+      f"config.batch={batch} fills them"
+    )
+    assert said.count(line) == said.count("lanes") == times
+
+
 def test_a_signal_at_the_very_end_is_not_swallowed(
   rarely, tmp_path, monkeypatch, capsys
 ):
