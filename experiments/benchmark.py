@@ -42,7 +42,7 @@ from options import config_parser, shape_and_classes
 
 import l2w_jax as l2w
 from l2w_jax.method import allocation
-from l2w_jax.run import backend, files
+from l2w_jax.run import backend, files, parallel
 from l2w_jax.run.command import one_line_errors
 from l2w_jax.training.step import make_half_step
 
@@ -359,8 +359,12 @@ def run(
   rounds=5,
 ):
   """The stored results, after doing what they lack."""
-  if pytorch:
-    check_pytorch(l2w.load_config(config_file, overrides | STEPS["l2w"]))
+  wanted = {"forward": STEPS["uniform"]} | STEPS | (REMAT if remat else {})
+  for name, changes in wanted.items():  # a wrong one is refused before all else
+    config = l2w.load_config(config_file, overrides | changes)
+    parallel.check_batch(config.batch, 1, config.microbatches)
+    if pytorch and name == "l2w":
+      check_pytorch(config)
   # Compilation is to be timed, not read; what has been timed may be read.
   cache = path.with_suffix(".cache")
   if not path.exists():
@@ -387,7 +391,6 @@ def run(
     files.write(path, json.dumps(results, indent=2) + "\n")
 
   programs = {}
-  wanted = {"forward": STEPS["uniform"]} | STEPS | (REMAT if remat else {})
   timed = [] if compile_only else [*wanted, *(PYTORCH if pytorch else ())]
   missing = [name for name in timed if name not in results.get("programs", [])]
   for name, changes in wanted.items():

@@ -208,7 +208,6 @@ def lower(name: str, config, devices: list):
     return lower_stages(config, devices[0])
   shape, classes = shape_and_classes(config)
   n, struct = len(devices), jax.ShapeDtypeStruct
-  parallel.check_batch(config.batch, n, config.microbatches)
   backbone = l2w.build_backbone(config.model, classes, shape)
   shared = parallel.collectives(n, config.sync)
 
@@ -552,6 +551,7 @@ def main(arguments=None) -> None:
     def config():
       return l2w.load_config(options.config, dict(options.set))
 
+    parallel.check_batch(config().batch, len(devices), config().microbatches)
     results = {
       "about": {
         "config": options.config,

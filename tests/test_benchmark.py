@@ -131,3 +131,15 @@ def test_images_of_ones_own_give_their_shape_and_classes(tmp_path):
     CONFIG, {"data.source": f"npz:{path}", "data.calibration": 8}
   )
   assert benchmark.shape_and_classes(config) == ((12, 10, 3), 4)
+
+
+def test_what_no_program_could_run_is_refused_before_any_compiles(tmp_path, capsys):
+  for config, said in (
+    ("no_such", "no config file"),
+    ("digits", "batch 127 does not"),
+  ):
+    with pytest.raises(SystemExit):
+      benchmark.main([config, "--set=batch=127", f"--out={tmp_path / 'out.json'}"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error
+    assert len(error.splitlines()) == 1
