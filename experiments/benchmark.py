@@ -69,8 +69,8 @@ PYTORCH = {f"{name}, PyTorch": name for name in ("forward", "uniform", "l2w")}
 class Program:
   """A forward pass or a half step, compiled, with what it needs to be timed."""
 
-  def __init__(self, config_file, overrides, name="l2w"):
-    self.config = l2w.load_config(config_file, overrides)
+  def __init__(self, config, name="l2w"):
+    self.config = config
     shape, classes = shape_and_classes(self.config)
     self.backbone = l2w.build_backbone(self.config.model, classes, shape)
     half_step = make_half_step(
@@ -360,11 +360,14 @@ def run(
 ):
   """The stored results, after doing what they lack."""
   wanted = {"forward": STEPS["uniform"]} | STEPS | (REMAT if remat else {})
-  for name, changes in wanted.items():  # a wrong one is refused before all else
-    config = l2w.load_config(config_file, overrides | changes)
+  configs = {  # a wrong one is refused before anything compiles
+    name: l2w.load_config(config_file, overrides | changes)
+    for name, changes in wanted.items()
+  }
+  for config in configs.values():
     parallel.check_batch(config.batch, 1, config.microbatches)
-    if pytorch and name == "l2w":
-      check_pytorch(config)
+  if pytorch:
+    check_pytorch(configs["l2w"])
   # Compilation is to be timed, not read; what has been timed may be read.
   cache = path.with_suffix(".cache")
   if not path.exists():
@@ -393,10 +396,10 @@ def run(
   programs = {}
   timed = [] if compile_only else [*wanted, *(PYTORCH if pytorch else ())]
   missing = [name for name in timed if name not in results.get("programs", [])]
-  for name, changes in wanted.items():
+  for name, config in configs.items():
     if missing or name not in results["compiled"]:
       print(f"compiling {name} ...", file=sys.stderr, flush=True)
-      program = Program(config_file, overrides | changes, name)
+      program = Program(config, name)
       results["compiled"].setdefault(name, program.facts)
       store()
       if missing:

@@ -94,7 +94,9 @@ def test_pytorch_takes_the_same_step(tmp_path):
   jax.config.update("jax_enable_x64", True)
   try:
     program = benchmark.Program(
-      CONFIG, {**TINY, "batch": 16, **benchmark.STEPS["l2w"]}
+      benchmark.l2w.load_config(
+        CONFIG, {**TINY, "batch": 16, **benchmark.STEPS["l2w"]}
+      )
     )
     pytorch = benchmark.PyTorch(program, benchmark.random_batch(program.config))
     differences = pytorch.differences()
