@@ -663,6 +663,14 @@ def test_preparing_is_left_to_the_builder_and_done_once(
   assert leave.value.code == 2 and asked == ["array_record"]
   (line,) = capsys.readouterr().err.splitlines()
   assert "ConnectionError: no network at all" in line
+  # A set that there is not leaves no folder behind.
+  monkeypatch.setattr(
+    "sys.argv", ["prepare", "nosuchset", "--data_dir", str(tmp_path / "none")]
+  )
+  with pytest.raises(SystemExit):
+    prepare.main()
+  assert "has no set 'nosuchset'" in capsys.readouterr().err
+  assert not (tmp_path / "none").exists()
   # Reading never prepares.
   with pytest.raises(ValueError, match="not prepared"):
     sources.load(data_config("tfds:cifar10", str(tmp_path / "new")))

@@ -29,13 +29,13 @@ def prepare(name: str, data_dir: str, manual_dir: str, file_format: str) -> str:
   """
   from l2w_jax.data import tfds_files
 
-  if data_dir:
-    pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
   builder = tfds_files.builder(name, data_dir)
   if builder.info.splits:
     return str(builder.data_path)
   import tensorflow_datasets as tfds
 
+  if data_dir:
+    pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
   try:
     builder.download_and_prepare(
       file_format=file_format,

@@ -190,6 +190,11 @@ def open_tfds(
     ValueError: unknown, not prepared, in an unknown format, or not a set of
       images with one label each.
   """
+  if data_dir and not pathlib.Path(data_dir).is_dir():
+    raise ValueError(
+      f"no directory {data_dir} (config.data.data_dir); prepare a set in it "
+      f"with python -m l2w_jax.data.prepare {name} --data_dir={data_dir}"
+    )
   prepared = builder(name, data_dir)
   prepare = f"python -m l2w_jax.data.prepare {name}" + (
     f" --data_dir={data_dir}" if data_dir else ""
@@ -245,15 +250,10 @@ def builder(name: str, data_dir: str) -> Any:
   """The TFDS builder of a set, prepared or not; empty data_dir: TFDS's default.
 
   Raises:
-    ValueError: TFDS does not know the set, or the directory does not exist.
+    ValueError: TFDS does not know the set.
   """
   import tensorflow_datasets as tfds
 
-  if data_dir and not pathlib.Path(data_dir).is_dir():
-    raise ValueError(
-      f"no directory {data_dir} (config.data.data_dir); prepare a set in it "
-      f"with python -m l2w_jax.data.prepare {name} --data_dir={data_dir}"
-    )
   try:
     return tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
   except tfds.core.registered.DatasetNotFoundError as error:
