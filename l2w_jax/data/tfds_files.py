@@ -190,15 +190,15 @@ def open_tfds(
     ValueError: unknown, not prepared, in an unknown format, or not a set of
       images with one label each.
   """
-  if data_dir and not pathlib.Path(data_dir).is_dir():
-    raise ValueError(
-      f"no directory {data_dir} (config.data.data_dir); prepare a set in it "
-      f"with python -m l2w_jax.data.prepare {name} --data_dir={data_dir}"
-    )
-  prepared = builder(name, data_dir)
   prepare = f"python -m l2w_jax.data.prepare {name}" + (
     f" --data_dir={data_dir}" if data_dir else ""
   )
+  if data_dir and not pathlib.Path(data_dir).is_dir():
+    raise ValueError(
+      f"no directory {data_dir} (config.data.data_dir); prepare a set in it "
+      f"with {prepare}"
+    )
+  prepared = builder(name, data_dir)
   if not prepared.info.splits:
     others = sorted(
       path.parent.name
