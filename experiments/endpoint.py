@@ -12,13 +12,13 @@ likewise. --reference names the arm that the others are compared with.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import re
 
 import numpy as np
 
 from l2w_jax.results import intervals
+from l2w_jax.run import directory
 from l2w_jax.run.command import one_line_errors
 
 LOW, HIGH = 0.5, 1.0  # budgets of the primary endpoint
@@ -29,18 +29,38 @@ def read(folder: pathlib.Path) -> dict[str, dict[int, dict]]:
   """{arm: {seed: results}} of a folder.
 
   Raises:
-    ValueError: no results there.
+    ValueError: no results there; a file that is damaged, edited, of a run that is
+      not over or has no budgets q, of another network than the first, or a second
+      one of its arm and seed.
   """
-  found = {}
-  for path in sorted(folder.rglob("*.json")):
+  found, first = {}, None
+  for path in sorted([*folder.glob("*.json"), *folder.glob("*/results.json")]):
     name = path.parent.name if path.name == "results.json" else path.stem
     match = re.fullmatch(r"(.+)-(\d+)", name)
-    if match and path.name not in ("config.json", "latency.json"):
-      results = json.loads(path.read_text(encoding="utf-8"))
-      found.setdefault(match[1], {})[int(match[2])] = results
+    if not match:
+      continue
+    try:
+      results = directory.parse_results(path.read_bytes())
+      first = first or (path, results["macs"])
+      _check(results, *first)
+      of_arm, seed = found.setdefault(match[1], {}), int(match[2])
+      if seed in of_arm:
+        raise ValueError(f"it is a second one of {match[1]}-{seed}")
+    except ValueError as error:
+      raise ValueError(f"cannot use {path}: {error}") from error
+    of_arm[seed] = results
   if not found:
     raise ValueError(f"no ARM-SEED/results.json and no ARM-SEED.json in {folder}")
   return found
+
+
+def _check(results: dict, first: pathlib.Path, macs: list[int]) -> None:
+  if not results["complete"]:
+    raise ValueError("its run is not over")
+  if not all("q" in entry for entry in results["budgeted"]):
+    raise ValueError("its budgets are no values of q; evaluate it by confidence")
+  if results["macs"] != macs:
+    raise ValueError(f"its exits cost {results['macs']}, those of {first} {macs}")
 
 
 def endpoints(results: dict) -> dict[str, float]:
@@ -61,6 +81,8 @@ def p_value(differences: np.ndarray) -> float:
   """Two-sided, of a mean difference of 0, by the t distribution."""
   from scipy import stats
 
+  if not differences.any():  # the t of nothing
+    return 1.0
   return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -82,6 +104,8 @@ def table(runs: dict[str, dict[int, dict]], reference: str) -> str:
     ]
     for arm in order:
       seeds = sorted(set(values[arm]) & set(values[reference]))
+      if not seeds:
+        raise ValueError(f"{arm} and {reference} have no seed in common")
       own = np.array([values[arm][seed][name] for seed in seeds])
       spread = f" ± {own.std(ddof=1):.2f}" if len(own) > 1 else ""
       row = [arm, str(len(seeds)), f"{own.mean():.2f}{spread}"]

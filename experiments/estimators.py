@@ -21,7 +21,7 @@ from options import config_parser
 import l2w_jax as l2w
 from l2w_jax.data import feeds, order, sources
 from l2w_jax.results import page, report
-from l2w_jax.run import backend, files
+from l2w_jax.run import backend, files, os_errors
 from l2w_jax.run.command import one_line_errors
 from l2w_jax.training import diagnostics, loop
 from l2w_jax.training.state import split_seed
@@ -47,6 +47,12 @@ def measure(config, steps: int) -> dict:
   dataset = sources.load(config.data)
   if isinstance(dataset.train.images, sources.LazyImages):
     raise ValueError(f"{config.data.source} streams; set data.feed=resident")
+  total = config.epochs * _per_epoch(config, dataset)
+  if steps >= total:
+    raise ValueError(
+      f"--steps={steps}, but a run has {total} steps and ends with a learning rate "
+      f"of 0; set config.epochs above {config.epochs}, or take fewer steps"
+    )
   backbone = l2w.build_backbone(
     config.model, dataset.num_classes, dataset.image_shape
   )
@@ -95,15 +101,17 @@ def main(arguments=None) -> None:
     backend.check()
     if options.steps < 0:
       raise ValueError(f"--steps must be at least 0, got {options.steps}")
-    config = l2w.load_config(
-      options.config, {**dict(options.set), "diagnose.every": 1}
-    )
+    config = l2w.load_config(options.config, dict(options.set))
+    if config.method != "l2w":
+      raise ValueError(f"method {config.method!r} has no meta-gradient; use l2w")
+    config.diagnose.every = 1
     if options.estimators:
       config.diagnose.estimators = tuple(options.estimators)
     config.diagnose.half = config.batch // 2
+    os_errors.check_writable([options.out.parent])
     line = measure(l2w.config.validate(config), options.steps)
+    print(page.markdown(*report.estimators([line])))
     files.write(options.out, json.dumps(line, indent=2) + "\n")
-  print(page.markdown(*report.estimators([line])))
 
 
 if __name__ == "__main__":

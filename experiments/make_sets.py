@@ -20,9 +20,10 @@ import argparse
 import pathlib
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
-from l2w_jax.data import digits
+from l2w_jax.data import digits, sources
 from l2w_jax.run import files
 from l2w_jax.run.command import one_line_errors
 
@@ -53,6 +54,35 @@ SIZE, DIGIT = 16, 12  # pixels
 # Split -> (images of CIFAR-100, digits).
 COUNTS = {"train": (12_000, 8_000), "calibration": (3_000, 2_000)}
 COUNTS["test"] = (6_000, 4_000)
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Arrays of cifar16.npz from a file of CIFAR-100.
+
+  Raises:
+    ValueError: it is no such file.
+  """
+  opener = sources.SOURCES["npz:PATH"]  # it says what is wrong with a file
+  checked = opener(str(path), ConfigDict({"source": f"npz:{path}"}))
+  shape = checked.train.images.shape[1:]
+  fine = {name for names in COARSE.values() for name in names.split()}
+  if shape != (32, 32, 3) or set(checked.class_names) != fine:
+    raise ValueError(
+      f"{path} is not CIFAR-100, 32×32×3 pixels and class_names of the {len(fine)} "
+      f"fine classes: it has {shape} and {', '.join(checked.class_names[:3])} …"
+    )
+  arrays = {}
+  with np.load(path) as found:  # as it stands there: what is drawn depends on it
+    for split, needed in ("train", 15_000), ("test", 6_000):
+      labels = found[f"{split}_labels"]
+      if len(labels) < needed:
+        raise ValueError(
+          f"{path} has {len(labels)} {split} images, and the sets need {needed:,}"
+        )
+      arrays[f"{split}_images"] = halved(found[f"{split}_images"])
+      arrays[f"{split}_labels"] = labels
+    arrays["class_names"] = found["class_names"]
+  return arrays
 
 
 def halved(images: np.ndarray) -> np.ndarray:
@@ -117,10 +147,7 @@ def main(arguments=None) -> None:
   parser.add_argument("folder", type=pathlib.Path)
   options = parser.parse_args(arguments)
   with one_line_errors():
-    with np.load(options.cifar100) as found:
-      cifar = dict(found)
-    for split in ("train", "test"):
-      cifar[f"{split}_images"] = halved(cifar[f"{split}_images"])
+    cifar = read(options.cifar100)
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, arrays in ("cifar16", cifar), ("populations", populations(cifar)):
       path = options.folder / f"{name}.npz"

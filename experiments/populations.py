@@ -33,6 +33,11 @@ def weights_of_run(workdir: files.Path) -> list[list]:
     raise ValueError(f"{workdir} is of method {config.method}, which has no WPN")
   config.data.augment = "none"
   dataset = sources.load(config.data)
+  if dataset.class_names[: len(COARSE)] != tuple(COARSE):
+    raise ValueError(
+      f"{workdir} is of {config.data.source}, not of the populations.npz that "
+      "make_sets.py writes"
+    )
   backbone = l2w.build_backbone(
     config.model, dataset.num_classes, dataset.image_shape
   )
@@ -61,6 +66,7 @@ def weights_of_run(workdir: files.Path) -> list[list]:
     [workdir.name, name, int(rows.sum())]
     + [f"{x.mean():.2f} ± {x.std():.2f}" for x in weights[rows].T]
     for name, rows in groups.items()
+    if rows.any()
   ]
 
 

@@ -438,9 +438,8 @@ def write_workdir(
 
   if (workdir / "config.json").exists():
     raise ValueError(f"workdir {workdir} holds a run already; name another")
-  state = train_state.init_state(
-    jax.random.key(config.seed), backbone, config
-  ).replace(**variables)
+  key = train_state.split_seed(config.seed).init
+  state = train_state.init_state(key, backbone, config).replace(**variables)
   files.make_folder(workdir)
   with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
     checkpoints.save(

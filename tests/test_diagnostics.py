@@ -161,6 +161,25 @@ def test_a_probe_is_drawn_from_train_without_overlap():
     diagnostics.make_probe(dataset, 600, 2)
 
 
+def test_meta_halves_of_a_probe_are_images_held_out_for_meta():
+  config = digits_config(**{"data.meta": 100, "data.label_noise": 0.9})
+  dataset = sources.load(config.data)
+  probe = diagnostics.make_probe(dataset, 60, 2)
+  every = diagnostics.make_probe(dataset._replace(train=dataset.meta), 100, 1)
+  clean = dict(
+    zip(
+      (np.asarray(image).tobytes() for image in every.meta_halves[0]["image"]),
+      np.asarray(every.meta_halves[0]["label"]).tolist(),
+      strict=True,
+    )
+  )
+  for half in probe.meta_halves:
+    for image, label in zip(half["image"], half["label"], strict=True):
+      assert clean[np.asarray(image).tobytes()] == int(label)
+  with pytest.raises(ValueError, match="is 101.*977 images.*meta 100; use at most"):
+    diagnostics.make_probe(dataset, 101, 2)
+
+
 @pytest.mark.parametrize(
   "overrides, message",
   [
@@ -242,6 +261,7 @@ def test_a_run_is_diagnosed_and_not_changed(finished, tmp_path):
 def weights_line(mean, std=0.0, counts=((10, 30), (20, 20))):
   mean = np.asarray(mean, float)
   return {
+    "step": 7,
     "mean_weight": mean.tolist(),
     "std_weight": np.full(mean.shape, std).tolist(),
     "count": counts,
@@ -256,7 +276,7 @@ def test_learned_weights_by_hand():
   np.testing.assert_allclose(found["std"], np.sqrt(within))
   assert found["exit_share"] == pytest.approx(0.04 / (0.04 + within.mean()))
   np.testing.assert_allclose(found["rank_correlation"], [1, -1])
-  assert found["kind"] == "both"
+  assert found["kind"] == "both" and found["step"] == 7
 
 
 @pytest.mark.parametrize(
@@ -272,6 +292,11 @@ def test_learned_weights_are_called_by_what_they_tell_apart(mean, kind):
   assert found["kind"] == kind
   if kind == "exits":
     assert found["exit_share"] == 1 and found["rank_correlation"] == [None, None]
+
+
+def test_what_rounding_makes_of_a_constant_weight_has_no_rank():
+  found = diagnostics.learned(weights_line([[0.2, 0.2 + 1e-7], [1.7, 1.9]], 3e-4))
+  assert found["rank_correlation"] == [None, 1]
 
 
 def test_a_bin_without_samples_counts_for_nothing():

@@ -14,6 +14,7 @@ from toy import LinearExits
 from l2w_jax.data import sources
 from l2w_jax.exits import policy as exit_policy
 from l2w_jax.results import evaluate, summary
+from l2w_jax.run import directory
 from l2w_jax.training import identity, scores
 
 SHAPE, CLASSES, EXITS = (2, 3, 1), LinearExits.num_classes, LinearExits.num_exits
@@ -318,6 +319,38 @@ def test_scores_of_another_checkpoint_are_not_used(workdir, tiny_config):
   latest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
   shutil.rmtree(workdir / "checkpoints" / str(latest))
   assert evaluate._kept(workdir, tiny_config) is None
+
+
+def test_weights_of_later_steps_and_damaged_ones_are_not_of_the_network(
+  workdir, tiny_config
+):
+  path = workdir / "metrics.jsonl"
+  before = results_of(workdir, tiny_config)
+  line = directory.read_metrics(workdir)["weights"][-1]
+  assert before["weights"]["step"] == line["step"] == before["step"] == 16
+  by_bin = "count", "mean_weight", "std_weight"
+  for change, taken in (
+    ({name: line[name][::-1] for name in by_bin} | {"step": 17}, 16),
+    ({name: line[name][:1] for name in by_bin}, 16),
+    # It takes the place of that of step 16, and says nothing.
+    ({"count": [[0] * len(row) for row in line["count"]]}, 8),
+  ):
+    with path.open("a") as file:
+      file.write(json.dumps(line | change) + "\n")
+    found = results_of(workdir, tiny_config)["weights"]
+    assert found["step"] == taken
+    assert taken == 8 or found == before["weights"]
+
+
+def test_the_way_from_a_start_that_is_drawn_otherwise_is_not_told(
+  workdir, tiny_config, monkeypatch
+):
+  (workdir / "scores.npz").unlink()
+  assert 0 < results_of(workdir, tiny_config)["wpn_distance"] < 1
+  settings = identity._random_settings() | {"jax_default_prng_impl": "rbg"}
+  monkeypatch.setattr(identity, "_random_settings", lambda: settings)
+  (workdir / "scores.npz").unlink()
+  assert "wpn_distance" not in results_of(workdir, tiny_config)
 
 
 def test_every_point_is_a_row_of_a_table(finished):

@@ -1,15 +1,20 @@
 """Every command of the page of experiments is one that would start."""
 
+import importlib
+import json
 import pathlib
 import re
 import runpy
 import shlex
+import shutil
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from l2w_jax import compare
 from l2w_jax import config as config_lib
+from l2w_jax.run import directory
 
 DEFINED = re.compile(r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"')
 
@@ -159,3 +164,64 @@ def test_endpoints_of_a_few_runs():
   assert line.startswith(
     "| l2w | 3 | 53.00 ± 1.00 | +2.00 | [-0.48, +4.48] | 0.074 |"
   )
+
+
+def test_endpoints_of_what_cannot_be_compared_are_refused(tmp_path):
+  endpoint = runpy.run_path(str(ROOT / "experiments/endpoint.py"))
+  kept = ROOT / "experiments/results/populations"
+  for name in ("uniform-10", "l2w-10", "l2w-11"):
+    shutil.copy(kept / f"{name}.json", tmp_path)
+  assert set(endpoint["read"](tmp_path)) == {"uniform", "l2w"}
+  with pytest.raises(ValueError, match="no ARM-SEED/results.json"):
+    endpoint["read"](kept.parent)  # of several settings
+  (tmp_path / "l2w-11").mkdir()
+  path = tmp_path / "l2w-11/results.json"
+  results = json.loads((tmp_path / "l2w-11.json").read_text())
+
+  def told(change):
+    directory.write_results(path.parent, results | change)
+    with pytest.raises(ValueError, match=f"cannot use {tmp_path}/l2w-11") as error:
+      endpoint["read"](tmp_path)
+    return str(error.value)
+
+  assert "it is a second one of l2w-11" in told({})
+  (tmp_path / "l2w-11.json").unlink()
+  assert "its run is not over" in told({"complete": False})
+  other = [2 * x for x in results["macs"]]
+  assert f"its exits cost {other}" in told({"macs": other})
+  by_patience = [
+    {"patience": 1.0, **{k: v for k, v in entry.items() if k != "q"}}
+    for entry in results["budgeted"]
+  ]
+  assert "no values of q" in told({"budgeted": by_patience})
+  path.write_text(path.read_text()[:-99])
+  with pytest.raises(ValueError, match=f"cannot use {path}"):
+    endpoint["read"](tmp_path)
+  path.unlink()
+  (tmp_path / "uniform-10.json").rename(tmp_path / "uniform-12.json")
+  with pytest.raises(ValueError, match="l2w and uniform have no seed in common"):
+    endpoint["table"](endpoint["read"](tmp_path), "uniform")
+
+
+def test_sets_are_made_of_cifar_alone(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "experiments")
+  read = importlib.import_module("make_sets").read
+  fine = " ".join(importlib.import_module("make_sets").COARSE.values()).split()
+  arrays = {
+    f"{split}_{what}": value
+    for split in ("train", "test")
+    for what, value in (
+      ("images", np.zeros((200, 32, 32, 3), np.uint8)),
+      ("labels", np.arange(200) % 100),
+    )
+  }
+  path = tmp_path / "x.npz"
+  path.write_bytes(b"no zip")
+  with pytest.raises(ValueError, match="is not an .npz file"):
+    read(path)
+  np.savez(path, **arrays)
+  with pytest.raises(ValueError, match="is not CIFAR-100.*and 0, 1, 2 …"):
+    read(path)
+  np.savez(path, **arrays, class_names=sorted(fine))
+  with pytest.raises(ValueError, match="has 200 train images, and.* 15,000"):
+    read(path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import test_compiled_step
 import test_parallel
+from conftest import ROOT, TINY
 from flax import linen as nn
 from jax import enable_x64
 
@@ -13,7 +14,7 @@ import l2w_jax
 from l2w_jax.method import allocation, losses, weighting
 from l2w_jax.models import wpn
 from l2w_jax.models.backbone import Backbone
-from l2w_jax.training import diagnostics
+from l2w_jax.training import diagnostics, loop
 from l2w_jax.training import step as step_lib
 from l2w_jax.training.state import apply_updates, sgd
 
@@ -147,3 +148,21 @@ def test_a_backbone_without_named_classifiers_is_refused():
   backbone = Backbone(Unnamed(), 10, (8, 8, 1))
   with pytest.raises(ValueError, match="Unnamed has no submodule .* only head; "):
     l2w_jax.make_train_step(backbone, config, steps_per_epoch=2)
+  config.method = "uniform"  # which has no look-ahead
+  l2w_jax.make_train_step(backbone, config, steps_per_epoch=2)
+
+
+def test_a_backbone_that_cannot_be_diagnosed_is_refused_before_a_run(
+  tmp_path, monkeypatch
+):
+  config = l2w_jax.load_config(
+    str(ROOT / "configs/digits.py"), TINY | {"diagnose.every": 5}
+  )
+  monkeypatch.setattr(
+    loop.models,
+    "build_backbone",
+    lambda *unused: Backbone(Unnamed(), 10, (8, 8, 1)),
+  )
+  with pytest.raises(ValueError, match="'classifiers' out of config.diagnose.est"):
+    loop.train(tmp_path / "run", config)
+  assert not list(tmp_path.iterdir())

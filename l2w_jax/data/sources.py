@@ -456,7 +456,7 @@ def _read_npz(path: pathlib.Path, wanted: list[str]) -> dict[str, np.ndarray]:
       held = arrays.files
     except Exception as error:  # whatever a file that is no zip brings
       raise ValueError(
-        f"{path} is not an .npz file ({error}); it must hold "
+        f"{path} is not an .npz file, or damaged; it must hold "
         f"{', '.join(wanted)}, as np.savez writes them"
       ) from error
     calibration = ["calibration_images", "calibration_labels"]

@@ -108,7 +108,8 @@ class Backbone:
       raise ValueError(
         f"{type(self.module).__name__} has no submodule whose name starts with "
         f"classifier, only {', '.join(names)}; name its exit classifiers so, or "
-        "set config.meta.look_ahead=network"
+        "set config.meta.look_ahead=network and leave 'classifiers' out of "
+        "config.diagnose.estimators"
       )
     return found
 

@@ -54,11 +54,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict) -> dict[str, Any]:
   """
   workdir, began = files.path(workdir), time.monotonic()
   exit_targets.parse(config.evaluate.target)
-  kept, metrics = None, {"diagnose": [], "weights": []}
-  if parallel.is_writer():
-    if (workdir / "metrics.jsonl").exists():
-      metrics = directory.read_metrics(workdir)
-    kept = _kept(workdir, config)
+  kept = _kept(workdir, config) if parallel.is_writer() else None
   if parallel.from_writer(kept is None):
     kept = _score(workdir, config)
   if not parallel.is_writer():
@@ -76,12 +72,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict) -> dict[str, Any]:
     about["calibration"],
     about["confidence"],
   )
-  if config.diagnose.every and metrics["diagnose"]:
-    results["diagnostics"] = diagnostics.summarize(metrics["diagnose"])
-  if (
-    metrics["weights"] and {"count", "std_weight"} <= metrics["weights"][-1].keys()
-  ):
-    results["weights"] = diagnostics.learned(metrics["weights"][-1])
+  results |= _diagnosed(workdir, config, about)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     trained = checkpoints.info()
   assert trained is not None  # it was scored
@@ -95,6 +86,30 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict) -> dict[str, Any]:
   directory.write_results(workdir, results)
   _say_if_exported(workdir, results)
   return results
+
+
+def _diagnosed(
+  workdir: files.Path, config: ConfigDict, about: dict[str, Any]
+) -> dict[str, Any]:
+  """What metrics.jsonl says of meta-gradient and weights up to the step scored."""
+  if not (workdir / "metrics.jsonl").exists():
+    return {}
+  metrics = directory.read_metrics(workdir, len(about["macs"]))
+  lines, weights = (
+    [line for line in metrics[kind] if line["step"] <= about["step"]]
+    for kind in ("diagnose", "weights")
+  )
+  weights = [
+    line
+    for line in weights
+    if {"count", "std_weight"} <= line.keys() and all(map(any, line["count"]))
+  ]
+  found = {}
+  if config.diagnose.every and lines:
+    found["diagnostics"] = diagnostics.summarize(lines)
+  if weights:
+    found["weights"] = diagnostics.learned(weights[-1])
+  return found
 
 
 def _scores(kept: dict[str, Any], split: str) -> Scores:
@@ -190,7 +205,8 @@ def _score(workdir: files.Path, config: ConfigDict) -> dict[str, Any]:
     for split, scores in zip(SPLITS, (calibration, test), strict=True)
     for name, array in scores._asdict().items()
   }
-  if config.method == "l2w":
+  learns = config.method == "l2w"
+  if learns and parallel.is_writer() and identity.draws_alike(workdir):
     start = init_wpn(split_seed(config.seed).init, config, backbone.num_exits)
     about["wpn_distance"] = diagnostics.relative_error(state.wpn_params, start)
   if parallel.is_writer():

@@ -175,10 +175,11 @@ def _context(results: dict, samples, metrics, latency) -> dict[str, Any]:
 
 
 def _weights_line(results: dict) -> str:
-  """What the weights of the last epoch tell apart, and how far Φ has come."""
+  """What the latest weights tell apart, and how far Φ has come."""
   found = results["weights"]
+  step = found.get("step", results["step"])
   line = (
-    f"At the end these are {WEIGHTS.get(found['kind'], found['kind'])} "
+    f"At step {step:,} these are {WEIGHTS.get(found['kind'], found['kind'])} "
     f"({100 * found['exit_share']:.0f} % of their variance lies between exits"
   )
   if "wpn_distance" in results:
@@ -189,7 +190,7 @@ def _weights_line(results: dict) -> str:
 
 
 def _weights_table(results: dict) -> tuple[list[str], list[list]]:
-  """The weights of the last epoch, by exit."""
+  """The latest weights, by exit."""
   found = results["weights"]
   return (
     ["exit", "mean weight", "standard deviation", "rank correlation with loss"],

@@ -122,6 +122,7 @@ RESULTS_SHAPE = {
   ),
 }
 RESULTS_SHAPE["weights?"] = {
+  "step?": COUNT,  # early versions did not write it
   "kind": TEXT,
   "exit_share": NUMBER,
   "mean": _PER_EXIT,
@@ -302,7 +303,7 @@ def read_results(workdir: files.Path) -> dict[str, Any]:
   Raises:
     ValueError: it is missing, broken, edited or of an earlier version.
   """
-  return _read(workdir, "results.json", _parse_results)
+  return _read(workdir, "results.json", parse_results)
 
 
 def is_reported(workdir: files.Path, results: dict[str, Any]) -> bool:
@@ -453,7 +454,8 @@ def _parse_config(data: bytes) -> dict[str, Any]:
   return values
 
 
-def _parse_results(data: bytes) -> dict[str, Any]:
+def parse_results(data: bytes) -> dict[str, Any]:
+  """What the bytes of a results.json say; ValueError if it is broken or edited."""
   results = json.loads(data)
   schema.check(RESULTS_SHAPE, results)
   if results["image_shape"][-1] != len(results["mean"]):

@@ -48,6 +48,7 @@ EXACT = "grad"
 BINS = 10  # of loss and of confidence
 QUARTER = 4  # easy and hard samples are this part of a half, each
 ALIKE = 0.02  # standard deviation below which weights are called all alike
+ROUNDING = 1e-3  # standard deviation that rounding gives to a constant weight
 MOSTLY = 0.8  # share of the weights' variance from which it is called by its cause
 
 
@@ -74,37 +75,41 @@ class Estimator(NamedTuple):
 def make_probe(
   dataset: sources.Dataset, half: int, num_meta_halves: int, seed: int = 0
 ) -> Probe:
-  """A train half and M meta halves without augmentation, from the train split.
+  """A train half and M meta halves without augmentation, as those of a run are.
 
-  Meta halves share no image with the train half, and each is drawn anew from all
-  others, as those of a run are.
+  Meta halves are of `dataset.meta` where `data.meta` holds images out, else of the
+  train images that are not in the train half; each is drawn anew from all of them.
 
   Raises:
-    ValueError: the train split has not enough images for two halves.
+    ValueError: there are not enough images for a train and a meta half.
   """
-  num_train = len(dataset.train.labels)
-  if 2 * half > num_train:
-    raise ValueError(
-      f"config.diagnose.half is {half}, but the train split has {num_train} "
-      f"images for two halves; use at most {num_train // 2}"
-    )
   rng = np.random.default_rng(seed)
-  order = rng.permutation(num_train)
-  rows = [
-    order[:half],
-    *(rng.permutation(order[half:])[:half] for _ in range(num_meta_halves)),
-  ]
+  order = rng.permutation(len(dataset.train.labels))
+  apart = len(dataset.meta.labels)
+  if apart:
+    meta, others, largest = dataset.meta, np.arange(apart), min(len(order), apart)
+    where = f"the train split has {len(order)} images and config.data.meta {apart}"
+  else:
+    meta, others, largest = dataset.train, order[half:], len(order) // 2
+    where = f"the train split has {len(order)} images for two halves"
+  if half > largest:
+    raise ValueError(
+      f"config.diagnose.half is {half}, but {where}; use at most {largest}"
+    )
   mean, std = (jnp.asarray(x, jnp.float32) for x in (dataset.mean, dataset.std))
-  first, *others = (
-    {
-      "image": augment.normalize(
-        jnp.asarray(dataset.train.images[np.sort(chosen)]), mean, std
-      ),
-      "label": jnp.asarray(dataset.train.labels[np.sort(chosen)]),
+
+  def take(split: sources.Split, chosen: np.ndarray) -> Batch:
+    chosen = np.sort(chosen)
+    images = jnp.asarray(split.images[chosen])
+    return {
+      "image": augment.normalize(images, mean, std),
+      "label": jnp.asarray(split.labels[chosen]),
     }
-    for chosen in rows
-  )
-  return Probe(first, tuple(others))
+
+  meta_halves = [
+    take(meta, rng.permutation(others)[:half]) for _ in range(num_meta_halves)
+  ]
+  return Probe(take(dataset.train, order[:half]), tuple(meta_halves))
 
 
 def compile_estimator(
@@ -256,11 +261,11 @@ def describe_weights(
 def learned(line: dict[str, Any]) -> dict[str, Any]:
   """The "weights" entry of results.json: what kind of weights a run has learned.
 
-  exit_share: of the variance of all weights, the share that the means of the exits
-  explain. mean and std [K]: of the weights at an exit. rank_correlation [K]: of
-  loss and mean weight over the loss bins, each as heavy as its samples are many;
-  None where the weights are all alike. kind: what they tell apart, "exits",
-  "samples", "both" or "none" of them.
+  step: the last one that they are of. exit_share: of the variance of all weights,
+  the share that the means of the exits explain. mean and std [K]: of the weights at
+  an exit. rank_correlation [K]: of loss and mean weight over the loss bins, each as
+  heavy as its samples are many; None where the weights of the exit are all alike.
+  kind: what they tell apart, "exits", "samples", "both" or "none" of them.
 
   Args:
     line: of kind "weights" in metrics.jsonl.
@@ -282,12 +287,14 @@ def learned(line: dict[str, Any]) -> dict[str, Any]:
   else:
     kind = "samples" if by_exits < 1 - MOSTLY else "both"
   return {
+    "step": line["step"],
     "kind": kind,
     "exit_share": by_exits,
     "mean": of_exit.tolist(),
     "std": np.sqrt(within).tolist(),
     "rank_correlation": [
-      _rank_correlation(m, n) for m, n in zip(mean, counts, strict=True)
+      _rank_correlation(m, n) if variance > ROUNDING**2 else None
+      for m, n, variance in zip(mean, counts, within, strict=True)
     ],
   }
 

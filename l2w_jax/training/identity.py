@@ -145,7 +145,7 @@ def open_data(
   """
   made_with = parallel.from_writer(read(workdir) if parallel.is_writer() else None)
   _check_config(workdir, made_with, config, num_devices)
-  settings = {name: getattr(jax.config, name, None) for name in RANDOM}
+  settings = _random_settings()
   if made_with and num_devices is not None:
     _check_random(workdir, made_with.get("jax", settings), settings)
   dataset = sources.load(config.data)
@@ -165,6 +165,16 @@ def open_data(
     )
   values = directory.as_trained(config, num_devices)
   return dataset, {"config": values, "data": data, "jax": settings}
+
+
+def draws_alike(workdir: files.Path) -> bool:
+  """Whether the seed of a run stands for the same random numbers here as there."""
+  settings = _random_settings()
+  return (read(workdir) or {}).get("jax", settings) == settings
+
+
+def _random_settings() -> dict[str, Any]:
+  return {name: getattr(jax.config, name, None) for name in RANDOM}
 
 
 def check_not_lost(workdir: files.Path) -> None:

@@ -162,6 +162,9 @@ def train(
   )
   config_lib.check_method(config, backbone.num_exits)
   check_backbone(backbone)
+  asked = config.diagnose.estimators if config.diagnose.every else ()
+  if config.method == "l2w" and "classifiers" in (config.meta.look_ahead, *asked):
+    _ = backbone.exit_modules  # or an error, before anything is written
   loop = _Loop(workdir, config, dataset, backbone, num_devices, made_of)
   if parallel.is_writer():
     files.make_folder(workdir)

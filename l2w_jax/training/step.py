@@ -132,10 +132,11 @@ def make_half_step(
   config_lib.check_method(config, backbone.num_exits)
   optimizer = sgd(config.optimizer)
   learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
-  meta_gradient = _meta_gradient(backbone, config, devices)
-  factors = (
-    equilibrium.factors(backbone) if config.method == "equilibrium" else None
-  )
+  meta_gradient = factors = None
+  if config.method == "l2w":
+    meta_gradient = _meta_gradient(backbone, config, devices)
+  elif config.method == "equilibrium":
+    factors = equilibrium.factors(backbone)
 
   def half_step(
     state: TrainState,
