@@ -529,6 +529,7 @@ def main(arguments=None) -> None:
     backend.check()
     if options.rounds < 1:
       raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
+    files.make_folder(options.out.parent)  # told before anything compiles
     print(
       table(
         run(

@@ -21,7 +21,7 @@ from options import config_parser
 import l2w_jax as l2w
 from l2w_jax.data import feeds, order, sources
 from l2w_jax.results import page, report
-from l2w_jax.run import backend, files, os_errors
+from l2w_jax.run import backend, files
 from l2w_jax.run.command import one_line_errors
 from l2w_jax.training import diagnostics, loop
 from l2w_jax.training.state import split_seed
@@ -108,7 +108,7 @@ def main(arguments=None) -> None:
     if options.estimators:
       config.diagnose.estimators = tuple(options.estimators)
     config.diagnose.half = config.batch // 2
-    os_errors.check_writable([options.out.parent])
+    files.make_folder(options.out.parent)  # told before anything compiles
     line = measure(l2w.config.validate(config), options.steps)
     print(page.markdown(*report.estimators([line])))
     files.write(options.out, json.dumps(line, indent=2) + "\n")

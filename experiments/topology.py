@@ -544,6 +544,8 @@ def main(arguments=None) -> None:
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
   with one_line_errors():
+    if options.out:
+      files.make_folder(options.out.parent)  # told before anything compiles
     earlier = options.against and read_earlier(options.against)
     devices = describe(options.topology)
     chip = options.topology.partition(":")[0]

@@ -51,7 +51,9 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
   """
   methods = {}
   for name in _split(text):
-    method, _, rest = name.partition(":")
+    method, colon, rest = name.partition(":")
+    if colon and not rest:
+      raise ValueError(f"--methods={text}: nothing follows the colon of {name!r}")
     overrides = {"method": method}
     for item in filter(None, rest.split("+")):
       key, equals, value = item.partition("=")
@@ -60,12 +62,14 @@ def parse_methods(text: str) -> dict[str, dict[str, Any]]:
           f"--methods={text}: {item!r} is no override; write "
           "METHOD:KEY=VALUE, such as l2w:meta.epsilon=0.3"
         )
-      if key in ("method", "seed") or key.startswith(("model.", "data.")):
+      if key.split(".")[0] in ("method", "seed", "model", "data"):
         raise ValueError(
           f"--methods={text}: {key} may not differ between "
           "methods; they are compared on one network and its "
           "images"
         )
+      if key in overrides:
+        raise ValueError(f"--methods={text}: {name!r} gives {key} twice")
       overrides[key] = literal(value)
     if name in methods:
       raise ValueError(f"--methods={text} names {name!r} twice")
@@ -150,7 +154,7 @@ def finish(workdir: files.Path, config: ConfigDict) -> None:
   if not identity.is_evaluated(workdir, config, "scores.npz"):
     with lock.held(workdir):
       train.train(
-        workdir, config, partial(targets.check_cost, config.evaluate.target)
+        workdir, config, partial(targets.check_run, config.evaluate.target)
       )
       evaluate.evaluate(workdir, config)
       report.write_report(workdir)
@@ -186,12 +190,12 @@ def _main(arguments: list[str]) -> None:
   from l2w_jax.results import comparison
   from l2w_jax.run import backend, compile_cache, lock
 
-  runs = plan(
-    FLAGS.config,
-    parse_methods(FLAGS.methods),
-    FLAGS.seeds,
-    files.path(FLAGS.workdir),
-  )
+  folder = files.path(FLAGS.workdir)
+  if (folder / "config.json").exists():
+    raise ValueError(
+      f"--workdir={folder} is a run; name a folder for all runs of the comparison"
+    )
+  runs = plan(FLAGS.config, parse_methods(FLAGS.methods), FLAGS.seeds, folder)
   backend.check()
   check(runs)
   compile_cache.enable()
@@ -199,7 +203,6 @@ def _main(arguments: list[str]) -> None:
   for i, (_, workdir, config) in enumerate(runs, 1):
     print(f"compare: run {i} of {len(runs)}, {workdir}", file=sys.stderr)
     finish(workdir, config)
-  folder = files.path(FLAGS.workdir)
   with lock.held(folder):
     comparison.write(
       folder,

@@ -538,19 +538,26 @@ def validate(config: ConfigDict) -> ConfigDict:
   _check_estimator(config)
   if config.diagnose.every:
     _check_diagnose(config)
-  if not holds_out(config) and config.evaluate.calibration == "held_out":
-    raise ValueError(
-      "config.data.calibration=0 holds nothing out to choose thresholds on; set "
-      "config.evaluate.calibration=released to choose them on the train split"
-    )
+  check_held_out(config, holds_out(config))
   return config
 
 
 def holds_out(config: ConfigDict) -> bool:
-  """Whether there is a split to choose thresholds on that is not trained on."""
-  # Digits bring a calibration split of their own.
-  own = config.data.source in ("digits", "digits:mixed")
+  """Whether there is a split to choose thresholds on that is not trained on.
+
+  Digits bring one of their own; an .npz file may, which only who opens it knows.
+  """
+  own = config.data.source.startswith(("digits", "npz:"))
   return own or config.data.calibration > 0
+
+
+def check_held_out(config: ConfigDict, is_held_out: bool) -> None:
+  """Raises ValueError where thresholds are to be of a split that is not there."""
+  if not is_held_out and config.evaluate.calibration == "held_out":
+    raise ValueError(
+      "config.data.calibration=0 holds nothing out to choose thresholds on; set "
+      "config.evaluate.calibration=released to choose them on the train split"
+    )
 
 
 def check_method(config: ConfigDict, num_exits: int) -> None:
@@ -786,6 +793,13 @@ def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDi
   """
   for key, value in overrides.items():
     holder, name = _holder(config, key), key.split(".")[-1]
+    if isinstance(holder[name], ConfigDict) and not isinstance(
+      value, (Mapping, ConfigDict)
+    ):
+      raise ValueError(
+        f"config.{key} holds keys of its own; set one of them, such as "
+        f"config.{key}.{next(iter(holder[name]))}"
+      )
     error = ValueError(
       f"config.{key} must be of the type of {holder[name]!r}, got {value!r}"
     )

@@ -32,7 +32,9 @@ from l2w_jax import config as config_lib
 from l2w_jax.run import command, files
 
 FLAGS = flags.FLAGS
-command.define_config("Needed to train; evaluate and report read the workdir's.")
+command.define_config(
+  "Needed to train; without it the keys given change the config of the workdir."
+)
 flags.DEFINE_string(
   "workdir",
   None,
@@ -213,7 +215,7 @@ def _run(mode, workdir, config, own) -> None:
     from l2w_jax.exits import targets
     from l2w_jax.training import loop
 
-    fits = partial(targets.check_cost, config.evaluate.target)
+    fits = partial(targets.check_run, config.evaluate.target)
     if not loop.train(workdir, config, fits):
       say(f"{workdir}: training had already finished")
       if mode == "all" and parallel.from_writer(
@@ -319,4 +321,4 @@ def _main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  command.run(_main)
+  command.run(_main, of_run=True)

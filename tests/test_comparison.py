@@ -277,6 +277,12 @@ def test_methods_may_carry_overrides():
     ("l2w:model.num_exits=2", "model.num_exits may not differ"),
     ("l2w:data.seed=2", "data.seed may not differ"),
     ("l2w:seed=2", "seed may not differ"),
+    ("l2w:model=3", "model may not differ"),
+    (
+      "l2w:epochs=2+batch=8+epochs=3",
+      "'l2w:epochs=2.*epochs=3' gives epochs twice",
+    ),
+    ("uniform:,l2w", "nothing follows the colon of 'uniform:'"),
   ],
 )
 def test_methods_that_are_not_understood(text, says):
@@ -313,6 +319,16 @@ def run_compare(*flags: object) -> subprocess.CompletedProcess:
     text=True,
     timeout=300,
   )
+
+
+def test_a_run_is_no_folder_of_a_comparison(finished):
+  before = sorted(finished.workdir.iterdir())
+  done = run_compare(*tiny_flags(), f"--workdir={finished.workdir}")
+  assert done.returncode == 2 and "is a run; name a folder for all" in done.stderr
+  done = run_compare("--config.epochs=2", f"--workdir={finished.workdir}")
+  says = "changes a config, and there is none: give --config=NAME"
+  assert done.stderr == f"error: --config.epochs {says}\n"
+  assert sorted(finished.workdir.iterdir()) == before
 
 
 def test_finished_runs_are_compared_and_left_alone(finished, tmp_path):

@@ -346,6 +346,41 @@ def test_other_random_settings_of_jax_are_named(run, name):
   identity.open_data(workdir, config_of(root), num_devices=1)
 
 
+def test_only_who_opens_an_npz_knows_whether_it_holds_images_out(tmp_path):
+  rng = np.random.default_rng(0)
+  arrays = {
+    f"{split}_{what}": value
+    for split in ("train", "test", "calibration")
+    for what, value in (
+      ("images", rng.integers(0, 256, (32, 8, 8, 1), np.uint8)),
+      ("labels", np.arange(32) % 2),
+    )
+  }
+  np.savez(tmp_path / "own.npz", **arrays)
+  for name in ("images", "labels"):
+    del arrays[f"calibration_{name}"]
+  np.savez(tmp_path / "none.npz", **arrays)
+
+  def config(name, **changes):
+    return config_lib.load_config(
+      "configs/digits.py:uniform",
+      TINY
+      | {"data.source": f"npz:{tmp_path}/{name}.npz", "data.calibration": 0}
+      | {"batch": 8}
+      | changes,
+    )
+
+  workdir = tmp_path / "run"
+  dataset, _ = identity.open_data(workdir, config("own"))
+  assert len(dataset.calibration.labels) == 32
+  with pytest.raises(ValueError, match="calibration=0 holds nothing out"):
+    main.run("train", workdir, config("none"))
+  risk = {"evaluate.calibration": "released", "evaluate.target": "risk:0.5:0.3"}
+  with pytest.raises(ValueError, match="promises something of new images"):
+    main.run("train", workdir, config("none", **risk))
+  assert not workdir.exists()
+
+
 def test_what_early_versions_did_not_save_is_not_compared(run):
   workdir, root = run
   _, made_of = identity.open_data(workdir, config_of(root))

@@ -93,6 +93,11 @@ def test_one_of_another_machine_is_refused_at_a_sign_of_life(
         pass
 
 
+def test_a_name_that_no_checkpoint_can_have_is_one_error(tmp_path):
+  with pytest.raises(ValueError, match="bytes that are no UTF-8.* another place"):
+    files.path(tmp_path / os.fsdecode(b"caf\xe9"))
+
+
 def test_of_many_that_take_over_at_once_one_does(tmp_path):
   change(tmp_path, host="here", pid=1, machine=lock._machine(), started="1")
   code = HOLD.replace("60", "1.5").replace("import sys", "input();import sys")

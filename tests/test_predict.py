@@ -227,6 +227,8 @@ def text(tmp_path):
     (saved(np.zeros((2, 8, 8, 3), np.uint8)), r"holds uint8 \[2, 8, 8, 3\]"),
     (saved(np.zeros((2, 9, 9, 1), np.uint8)), "image 0 has 9×9×1 .* takes 8×8×1"),
     (saved(np.zeros((0, 8, 8, 1), np.uint8)), "holds no image"),
+    # One image, not eight of 8×1 pixels.
+    (saved(np.zeros((8, 8, 1), np.uint8)), r"holds uint8 \[8, 8, 1\]"),
     (saved(np.array([None])), "is no array that np.load reads"),
   ],
 )

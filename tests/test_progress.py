@@ -63,6 +63,18 @@ def test_log_lines_come_at_a_steady_interval(clock):
   assert "\r" not in log.getvalue()
 
 
+def test_the_rate_counts_from_the_beginning_of_parallel_work(clock):
+  log = io.StringIO()
+  with Progress(100, unit="image", stream=log, clock=clock) as progress:
+    progress.begin()
+    clock.now += 5
+    for done in (50, 100):  # both were ready
+      clock.now += 1e-4
+      progress.update(done, {})
+  first, last = log.getvalue().splitlines()
+  assert "10.0 images/s, 0:05 left" in first and "20.0 images/s" in last
+
+
 def test_compilation_is_announced_timed_and_kept_out_of_the_rate(clock):
   log = io.StringIO()
   with Progress(5, interval=1.0, stream=log, clock=clock) as progress:

@@ -1,11 +1,14 @@
 """Image sets from .npz files, and the calibration split held out of them."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l2w_jax import config as config_lib
 from l2w_jax.data import augment, names, sources
+from l2w_jax.run import files
 
 
 def data_config(source, calibration=12, **changes):
@@ -176,6 +179,21 @@ def test_missing_file_unknown_source_and_too_large_calibration(tmp_path):
     sources.load(data_config("mnist:x"))
   with pytest.raises(ValueError, match="set config.data.calibration below 60"):
     sources.load(data_config(save(tmp_path / "x.npz"), calibration=60))
+
+
+def test_a_single_class_is_refused(tmp_path):
+  labels = {name: np.zeros(n, int) for name, n in (("train", 60), ("test", 15))}
+  source = save(tmp_path / "x.npz", **{f"{k}_labels": v for k, v in labels.items()})
+  with pytest.raises(ValueError, match="x.npz has one class, '0'; it takes two"):
+    sources.load(data_config(source))
+
+
+def test_home_is_where_a_tilde_says(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  save(tmp_path / "x.npz")
+  assert sources.load(data_config("npz:~/x.npz")).num_classes == 3
+  assert files.path("~/run") == tmp_path / "run"
+  assert files.path("run~") == pathlib.Path("run~")
 
 
 def test_an_npz_that_cannot_be_read(tmp_path):

@@ -35,7 +35,7 @@ def prepare(name: str, data_dir: str, manual_dir: str, file_format: str) -> str:
   import tensorflow_datasets as tfds
 
   if data_dir:
-    pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(data_dir).expanduser().mkdir(parents=True, exist_ok=True)
   try:
     builder.download_and_prepare(
       file_format=file_format,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -147,6 +148,7 @@ def load(config: ConfigDict) -> Dataset:
     ValueError: no such source, or files that do not hold what they should.
   """
   kind, _, where = config.source.partition(":")
+  where = os.path.expanduser(where)
   openers = {name.partition(":")[0]: opener for name, opener in SOURCES.items()}
   known = config.source in SOURCES if kind == "digits" else where
   if kind not in openers or not known:
@@ -174,6 +176,11 @@ def load(config: ConfigDict) -> Dataset:
     )
   class_names = tuple(map(names.readable, source.class_names))
   num_classes = len(class_names)
+  if num_classes < 2:
+    raise ValueError(
+      f"{config.source} has one class, {class_names[0]!r}; it takes two to tell "
+      "them apart"
+    )
   train, test = (
     _open(split, config, streams) for split in (source.train, source.test)
   )

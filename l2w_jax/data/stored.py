@@ -111,6 +111,7 @@ def in_threads(
     Progress(len(rows), unit=unit, label=label) as progress,
     ThreadPoolExecutor(num_threads()) as pool,
   ):
+    progress.begin()  # parts end together, not one after the other
     for results in pool.map(chunk, parts):
       yield from results
       done += len(results)

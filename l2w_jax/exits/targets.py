@@ -114,8 +114,9 @@ def check(text: str, holds_out: bool) -> None:
     )
 
 
-def check_cost(text: str, backbone: Backbone) -> None:
-  """Raises ValueError for a cost below that of the first exit of a backbone."""
+def check_run(text: str, backbone: Backbone, holds_out: bool) -> None:
+  """As `check`, and ValueError for a cost below that of a backbone's first exit."""
+  check(text, holds_out)
   kind, values = parse(text)
   if kind == "macs" and values[0] < backbone.macs[0]:
     raise _too_cheap(values[0], backbone.macs[0])

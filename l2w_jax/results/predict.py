@@ -96,7 +96,7 @@ def open_images(
     raise ValueError(
       f"--images={where} is no array that np.load reads ({stored.reason(error)})"
     ) from error
-  if images.ndim == 3 and channels == 1:
+  if channels == 1 and images.ndim == 3 and images.shape[-1] != 1:
     images = images[..., None]
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != channels:
     raise ValueError(

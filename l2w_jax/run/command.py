@@ -39,14 +39,18 @@ def define_config(explanation: str) -> None:
     "config",
     None,
     f"Config of the package by its name, FILE.py, either with :ARGUMENT, or the "
-    f"config.json of a run. --config.KEY=VALUE overrides a key, of the config in "
-    f"--workdir where there is no --config. {explanation}",
+    f"config.json of a run. --config.KEY=VALUE overrides a key. {explanation}",
     lock_config=True,
   )
 
 
-def run(main: Callable[[list[str]], None]) -> NoReturn:
-  """Parses the flags and calls `main` with the arguments that are none."""
+def run(main: Callable[[list[str]], None], of_run: bool = False) -> NoReturn:
+  """Parses the flags and calls `main` with the arguments that are none.
+
+  Args:
+    main: the command.
+    of_run: whether keys of a config given alone change that of --workdir.
+  """
   huge_pages.use()
   stopping.install()
   logging.set_verbosity(logging.WARNING)
@@ -59,7 +63,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     with one_line_errors():
       main(argv[1:])
 
-  app.run(guarded, flags_parser=_parse)
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, of_run))
 
 
 @contextlib.contextmanager
@@ -103,9 +107,9 @@ def _can_print(error: OSError) -> bool:
   return False
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], of_run: bool = False) -> list[str]:
   try:
-    arguments = FLAGS(_with_config(argv))
+    arguments = FLAGS(_with_config(argv, of_run))
     if "config" in FLAGS and FLAGS.config is not None:
       FLAGS.config.keys()  # raises now if the file could not be read
     return arguments
@@ -118,18 +122,15 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     if not error.flagname.removeprefix("no").startswith("config."):
       _fail(error)
-    _fail(_unknown_key(argv) or _no_config(error))
+    _fail(_unknown_key(argv) or _no_config(error, of_run))
   except OSError as error:  # without a number: config files that cannot be run
     _fail(error, code=2 if error.errno is None else 1)
   except (flags.Error, TypeError, ValueError) as error:
     _fail(error)
 
 
-def _with_config(argv: list[str]) -> list[str]:
-  """With --config as a file that its flag can read.
-
-  Where only keys of a config are given, that is the config of --workdir.
-  """
+def _with_config(argv: list[str], of_run: bool) -> list[str]:
+  """With --config as a file that its flag can read; see `run`."""
   from l2w_jax.run import config_by_name, config_of_run
 
   read, given, words = [], {}, iter(argv)
@@ -148,7 +149,7 @@ def _with_config(argv: list[str]) -> list[str]:
       word = f"--config={config_by_name.__file__}:{found[2]}"
     read.append(word)
   workdir = given.pop("workdir", "")
-  if given and "config" not in given and workdir:
+  if of_run and given and "config" not in given and workdir:
     path = files.path(workdir)
     if any((path / name).exists() for name in ("config.json", "checkpoints")):
       config_of_run.get_config(workdir)  # raises now, as above
@@ -156,10 +157,10 @@ def _with_config(argv: list[str]) -> list[str]:
   return read
 
 
-def _no_config(error: flags.UnrecognizedFlagError) -> ValueError:
+def _no_config(error: flags.UnrecognizedFlagError, of_run: bool) -> ValueError:
   return ValueError(
-    f"--{error.flagname} changes a config, and there is none: give --config=NAME, "
-    "or the --workdir of a run"
+    f"--{error.flagname} changes a config, and there is none: give --config=NAME"
+    + (", or the --workdir of a run" if of_run else "")
   )
 
 

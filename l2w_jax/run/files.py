@@ -22,8 +22,6 @@ import numpy as np
 from etils import epath
 from numpy.typing import ArrayLike
 
-from l2w_jax.run import os_errors
-
 Path = pathlib.Path | epath.Path  # of a run: on a disk, on gs://
 SECONDS = 20.0  # until something that should take one is given up
 BUCKETS = (
@@ -46,7 +44,15 @@ def path(where: str | os.PathLike) -> Path:
   text = os.fspath(where)
   # `pathlib` makes gs:/BUCKET of gs://BUCKET, which is no local path either.
   if not re.match(r"(gs|gcs|s3):/|[A-Za-z][A-Za-z0-9+.-]*://", text):
-    return pathlib.Path(where)
+    local = pathlib.Path(where).expanduser()
+    try:
+      os.fspath(local.absolute()).encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"{str(local.absolute())!r} has bytes that are no UTF-8, which checkpoints "
+        "cannot be written under; name another place"
+      ) from error
+    return local
   if not re.match("gs://[^/]", text):
     raise ValueError(
       f"{text!r} is no place for a run; name a local directory or gs://BUCKET/RUN"
@@ -136,12 +142,12 @@ def write(path: Path, data: str | bytes) -> None:
     return
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
-    with os_errors.naming(path):
-      temporary.write_bytes(data)
+    temporary.write_bytes(data)
     os.replace(temporary, path)
-  except OSError:
+  except OSError as error:
     with contextlib.suppress(OSError):
       temporary.unlink()  # half of it may be what fills the disk
+    error.filename, error.filename2 = str(path), None
     raise
 
 

@@ -102,6 +102,10 @@ class Progress:
     if self._bar is not None:
       self._bar.close()
 
+  def begin(self) -> None:
+    """Measures the rate from now on, not from the first update."""
+    self._mark = self._clock(), self._done
+
   def note(self, message: str) -> None:
     """Writes one line at once, above the bar if there is one."""
     line = f"{self._label}: {message}"

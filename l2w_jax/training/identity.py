@@ -149,6 +149,7 @@ def open_data(
   if made_with and num_devices is not None:
     _check_random(workdir, made_with.get("jax", settings), settings)
   dataset = sources.load(config.data)
+  config_lib.check_held_out(config, len(dataset.calibration.labels) > 0)
   data = fingerprint(dataset)
   of_first = parallel.from_writer(data)
   if data != of_first:
@@ -263,9 +264,12 @@ def _check_config(workdir, made_with, config, num_devices, more_free=()) -> None
     return
   changed = _changed(config, made_with, more_free)
   if changed:
+    advice = "use another workdir, or the same config to resume"
+    if "data" not in made_with and not (workdir / "results.json").exists():
+      advice += "; it holds no checkpoint, so you may also delete it"
     raise ValueError(
       f"workdir {workdir} was made with another config: config.{changed[0]}; "
-      "use another workdir, or the same config to resume"
+      + advice
     )
   trained_on = made_with["config"].get("num_devices", 0)  # 0: by nothing yet
   if config.sync == "local" and num_devices and trained_on not in (0, num_devices):

@@ -135,13 +135,14 @@ def check(config: ConfigDict) -> int:
 def train(
   workdir: str | os.PathLike,
   config: ConfigDict,
-  check_backbone: Callable[[Backbone], None] = lambda _: None,
+  check_run: Callable[[Backbone, bool], None] = lambda *_: None,
 ) -> bool:
   """Trains to the last epoch, from the latest checkpoint if there is one.
 
   Args:
     workdir, config: of the run.
-    check_backbone: raises ValueError if the network is not what is wanted.
+    check_run: of (backbone, whether calibration images are held out), raises
+      ValueError if that is not what is wanted.
 
   Returns:
     False if the run had already finished.
@@ -161,7 +162,7 @@ def train(
     config.model, dataset.num_classes, dataset.image_shape
   )
   config_lib.check_method(config, backbone.num_exits)
-  check_backbone(backbone)
+  check_run(backbone, len(dataset.calibration.labels) > 0)
   asked = config.diagnose.estimators if config.diagnose.every else ()
   if config.method == "l2w" and "classifiers" in (config.meta.look_ahead, *asked):
     _ = backbone.exit_modules  # or an error, before anything is written

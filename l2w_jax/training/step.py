@@ -132,11 +132,10 @@ def make_half_step(
   config_lib.check_method(config, backbone.num_exits)
   optimizer = sgd(config.optimizer)
   learning_rate, wpn_learning_rate = learning_rates(config, steps_per_epoch)
-  meta_gradient = factors = None
-  if config.method == "l2w":
-    meta_gradient = _meta_gradient(backbone, config, devices)
-  elif config.method == "equilibrium":
-    factors = equilibrium.factors(backbone)
+  meta_gradient = _meta_gradient(backbone, config, devices)
+  factors = (
+    equilibrium.factors(backbone) if config.method == "equilibrium" else None
+  )
 
   def half_step(
     state: TrainState,
@@ -193,7 +192,7 @@ def _meta_gradient(backbone, config, devices):
   name = "jvp" if name == "grad" and config.model.remat else name
 
   # Of Θ, what Eq. 7 moves; the rest of Θ̂ is that of Θ.
-  exits_alone = config.meta.look_ahead == "classifiers"
+  exits_alone = config.method == "l2w" and config.meta.look_ahead == "classifiers"
   exit_modules = backbone.exit_modules if exits_alone else ()
 
   def moves(params):
