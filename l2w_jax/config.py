@@ -279,8 +279,9 @@ KEYS = {
       0,
       0,
       "images held out of train, the same number of each class and before noise "
-      "and imbalance, that meta halves are drawn from; 0: halves serve each "
-      "other, as published",
+      "and imbalance, that meta halves are drawn from; copies of an image are "
+      "images of their own, so one may stay in train; 0: halves serve each other, "
+      "as published",
     ),
     "imbalance": _number(
       1.0,
