@@ -346,6 +346,23 @@ def test_other_random_settings_of_jax_are_named(run, name):
   identity.open_data(workdir, config_of(root), num_devices=1)
 
 
+def test_a_run_without_a_checkpoint_may_go(run, tmp_path):
+  workdir, root = run
+  other = config_of(root)
+  other.epochs += 1
+
+  def told(workdir):
+    with pytest.raises(ValueError, match="another config: config.epochs") as error:
+      identity.check_config(workdir, other)
+    return "or delete this one, which has no checkpoint" in str(error.value)
+
+  assert not told(workdir)
+  directory.write_config(tmp_path, config_of(root))
+  assert told(tmp_path)
+  (tmp_path / "results.json").touch()
+  assert not told(tmp_path)
+
+
 def test_only_who_opens_an_npz_knows_whether_it_holds_images_out(tmp_path):
   rng = np.random.default_rng(0)
   arrays = {

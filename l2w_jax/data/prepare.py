@@ -17,6 +17,7 @@ if __name__ == "__main__":
   stopping.install()  # before the imports that take long
 
 import argparse
+import os
 import pathlib
 import sys
 
@@ -35,7 +36,7 @@ def prepare(name: str, data_dir: str, manual_dir: str, file_format: str) -> str:
   import tensorflow_datasets as tfds
 
   if data_dir:
-    pathlib.Path(data_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    pathlib.Path(os.path.expanduser(data_dir)).mkdir(parents=True, exist_ok=True)
   try:
     builder.download_and_prepare(
       file_format=file_format,

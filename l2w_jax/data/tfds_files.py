@@ -193,7 +193,7 @@ def open_tfds(
   prepare = f"python -m l2w_jax.data.prepare {name}" + (
     f" --data_dir={data_dir}" if data_dir else ""
   )
-  if data_dir and not pathlib.Path(data_dir).expanduser().is_dir():
+  if data_dir and not os.path.isdir(os.path.expanduser(data_dir)):
     raise ValueError(
       f"no directory {data_dir} (config.data.data_dir); prepare a set in it "
       f"with {prepare}"

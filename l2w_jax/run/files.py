@@ -44,7 +44,7 @@ def path(where: str | os.PathLike) -> Path:
   text = os.fspath(where)
   # `pathlib` makes gs:/BUCKET of gs://BUCKET, which is no local path either.
   if not re.match(r"(gs|gcs|s3):/|[A-Za-z][A-Za-z0-9+.-]*://", text):
-    local = pathlib.Path(where).expanduser()
+    local = pathlib.Path(os.path.expanduser(where))
     try:
       os.fspath(local.absolute()).encode()
     except UnicodeEncodeError as error:

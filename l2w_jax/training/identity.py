@@ -265,8 +265,10 @@ def _check_config(workdir, made_with, config, num_devices, more_free=()) -> None
   changed = _changed(config, made_with, more_free)
   if changed:
     advice = "use another workdir, or the same config to resume"
-    if "data" not in made_with and not (workdir / "results.json").exists():
-      advice += "; it holds no checkpoint, so you may also delete it"
+    if parallel.is_writer() and not (workdir / "results.json").exists():
+      with checkpoint.Checkpoints(workdir) as checkpoints:
+        if not checkpoints.steps():
+          advice += ", or delete this one, which has no checkpoint"
     raise ValueError(
       f"workdir {workdir} was made with another config: config.{changed[0]}; "
       + advice
