@@ -308,3 +308,12 @@ def test_memory_that_is_not_there_is_one_line(words, says):
   )
   assert done.stderr.startswith(f"error: not enough memory: {says}")
   assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+def test_a_write_that_fails_names_the_file_that_was_asked_for(tmp_path):
+  for path in (tmp_path / "none" / "x.json", tmp_path):
+    (tmp_path / "inside").touch()  # or a file takes the place of the folder
+    with pytest.raises(OSError) as error:
+      files.write(path, "x")
+    assert error.value.filename == str(path)
+    assert str(os.getpid()) not in str(error.value)

@@ -147,7 +147,8 @@ def write(path: Path, data: str | bytes) -> None:
   except OSError as error:
     with contextlib.suppress(OSError):
       temporary.unlink()  # half of it may be what fills the disk
-    error.filename, error.filename2 = str(path), None
+    if error.errno is not None:  # not the name of the temporary
+      error.filename, error.filename2 = str(path), None
     raise
 
 
