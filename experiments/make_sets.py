@@ -71,13 +71,17 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
       f"{path} is not CIFAR-100, 32×32×3 pixels and class_names of the {len(fine)} "
       f"fine classes: it has {shape} and {', '.join(checked.class_names[:3])} …"
     )
+  needed = {
+    "train": COUNTS["train"][0] + COUNTS["calibration"][0],
+    "test": COUNTS["test"][0],
+  }
   arrays = {}
   with np.load(path) as found:  # as it stands there: what is drawn depends on it
-    for split, needed in ("train", 15_000), ("test", 6_000):
+    for split, count in needed.items():
       labels = found[f"{split}_labels"]
-      if len(labels) < needed:
+      if len(labels) < count:
         raise ValueError(
-          f"{path} has {len(labels)} {split} images, and the sets need {needed:,}"
+          f"{path} has {len(labels)} {split} images, and the sets need {count:,}"
         )
       arrays[f"{split}_images"] = halved(found[f"{split}_images"])
       arrays[f"{split}_labels"] = labels
