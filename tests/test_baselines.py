@@ -1,5 +1,8 @@
 """The methods that learn no weights, against NumPy and their own definitions."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +140,30 @@ def test_two_half_steps_are_the_oracle(method, monkeypatch):
     momentum = 0.9 * momentum + gradient + 0.01 * weight
     weight = weight - LR * momentum
   np.testing.assert_allclose(state.params["weight"], weight, rtol=1e-9)
+
+
+def test_a_rule_of_ones_own_sees_the_labels_it_asks_for(monkeypatch):
+  rules = types.ModuleType("rules")
+  rules.blind = lambda losses, average, gamma=2.0: losses**gamma
+  rules.seeing = lambda losses, average, gamma=2.0, labels=None: (
+    losses * labels[:, None]
+  )
+  monkeypatch.setitem(sys.modules, "rules", rules)
+  batch = make_batch(13, 0)  # halves of 7 and 6, each with labels of its own
+  halves = batch["label"][:7], batch["label"][7:]
+  for name in ("blind", "seeing"):
+    config = make_config(method=f"rules.{name}")
+    with enable_x64(True):
+      step = train_step.make_train_step(
+        LinearExits(), config, steps_per_epoch=STEPS_PER_EPOCH
+      )
+      state = as_state(initial_values(config), config)
+      _, metrics = step(state, jax.tree.map(jnp.asarray, batch))
+    for losses_, weights, labels in zip(
+      map(np.asarray, metrics["losses"]), metrics["weights"], halves, strict=True
+    ):
+      expected = losses_**2 if name == "blind" else losses_ * labels[:, None]
+      np.testing.assert_allclose(weights, expected, rtol=1e-12)
 
 
 def test_random_weights_are_drawn_anew_each_step_and_by_the_seed():

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -225,3 +226,14 @@ def test_sets_are_made_of_cifar_alone(tmp_path, monkeypatch):
   np.savez(path, **arrays, class_names=sorted(fine))
   with pytest.raises(ValueError, match="has 200 train images, and.* 15,000"):
     read(path)
+
+
+def test_known_weights_are_of_the_populations(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "experiments")
+  rules = importlib.import_module("known_weights")
+  for rule in (rules.expected, rules.learned):
+    weights = rule(jnp.zeros((4, 4)), None, jnp.array([0, 19, 20, 29]))
+    np.testing.assert_allclose(weights.mean(axis=1), 1, rtol=1e-6)
+    cifar, digits = weights[:2], weights[2:]
+    assert (cifar[0] == cifar[1]).all() and (digits[0] == digits[1]).all()
+    assert digits[0, 0] > cifar[0, 0] and digits[0, 3] < cifar[0, 3]

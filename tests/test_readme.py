@@ -155,7 +155,7 @@ def test_the_backbone_needs_no_config_to_be_trained(plain):
   assert metrics["weights"].shape == (2, 4, 3)
 
 
-def test_the_weighting_rule_is_what_it_says():
+def test_the_weighting_rules_are_what_they_say():
   (source,) = section("extend.md", "A weighting rule")
   scope = {}
   exec(source, scope)
@@ -165,6 +165,13 @@ def test_the_weighting_rule_is_what_it_says():
     scope["focal"](losses, lambda mean: mean),
     np.array([[0, 4], [4, 9]]) / 4.25,
     rtol=1e-6,
+  )
+  # Three of class 7 and one of class 2: together they weigh the same.
+  weights = scope["balanced"](
+    jnp.zeros((4, 2)), lambda mean: mean, jnp.array([7, 7, 2, 7])
+  )
+  np.testing.assert_allclose(
+    weights, np.array([[2, 2], [2, 2], [6, 6], [2, 2]]) / 3, rtol=1e-6
   )
 
 

@@ -18,6 +18,7 @@ of what is left of the forward pass at Θ, its running statistics and losses.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -167,7 +168,8 @@ def make_half_step(
         state = wpn_step(config, state, gradient, wpn_learning_rate(state.step))
       weights = weights_fn(state.wpn_params)
     else:
-      weights = given_weights(config, devices, losses, key, state.step)
+      labels = train_half["label"]
+      weights = given_weights(config, devices, losses, labels, key, state.step)
     gradient = devices.mean_of_all(meta.backbone_gradient(pull, weights))
     if factors is not None:
       gradient = jax.tree.map(jnp.multiply, gradient, factors)
@@ -389,6 +391,7 @@ def given_weights(
   config: ConfigDict,
   devices: Collectives,
   losses: jax.Array,
+  labels: jax.Array,
   key: jax.Array,
   step: jax.Array,
 ) -> jax.Array:
@@ -408,7 +411,9 @@ def given_weights(
     output = baselines.easy_early_output(devices.gather(losses))
     return _centred(config, devices, devices.own(output))
   if named.is_own(config.method):
-    weights = named.own(config.method)(losses, devices.mean)
+    rule = named.own(config.method)
+    asked = "labels" in inspect.signature(rule).parameters
+    weights = rule(losses, devices.mean, **({"labels": labels} if asked else {}))
     if jnp.shape(weights) != losses.shape:
       raise ValueError(
         f"config.method={config.method!r} must give weights of the shape of the "
